@@ -1,0 +1,137 @@
+"""A tensor as packed codes and block scales: one small class that says how, and no tensor subclass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit_optim import kernels
+from lowbit_optim.kernels.reference import SCALE_GROUP
+from lowbit_optim.storage.codebooks import codebook
+
+# Rows shorter than this keep their numbers: the scale and the padding would cost more than the codes save.
+MIN_ROW = 32
+
+SCALES = ("absmax", "fitted")
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How numbers become codes: the nearest table value to x / s, with one scale s per block of a row.
+
+    Args:
+        bits: bits per code: 2, 3, 4, 6 or 8. Default 4.
+        codebook: the table's name, one of ``storage.codebooks.CODEBOOKS``. Default "linear-2", the paper's.
+        block_size: numbers of a row that share a scale, a power of two from 16 to 4096. Default 64.
+        double: keep the scales in 8 bits, each 256 of a row sharing one float32; else in float32. Default False.
+        scale: "absmax", the block's largest magnitude, or "fitted", the fraction of it that leaves the least squared
+            error. Default "absmax".
+
+    Raises:
+        ValueError: a value outside of these.
+    """
+
+    bits: int = 4
+    codebook: str = "linear-2"
+    block_size: int = 64
+    double: bool = False
+    scale: str = "absmax"
+
+    def __post_init__(self) -> None:
+        codebook(self.codebook, self.bits)  # refuses unknown names and bits
+        if self.block_size not in (16 << k for k in range(9)):
+            raise ValueError(f"block_size is {self.block_size!r}; it must be a power of two from 16 to 4096")
+        if self.scale not in SCALES:
+            raise ValueError(f"unknown scale {self.scale!r}; the scales are {', '.join(SCALES)}")
+        if not isinstance(self.double, bool):
+            raise ValueError(f"double is {self.double!r}; it must be True or False")
+
+    def encode(self, x: Tensor) -> Parts:
+        """Quantize along the last dim.
+
+        Args:
+            x: floating [..., n], finite. float64 is divided and compared in float64, every other dtype in float32.
+
+        Returns:
+            "codes" uint8 [..., ceil(n * bits / 8)], "scales" float32 [..., blocks]; with ``double`` the scales are
+            uint8 and "scale_maxima" float32 [..., ceil(blocks / 256)] stands beside them.
+        """
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[:-1].numel(), x.shape[-1])
+        table = codebook(self.codebook, self.bits)
+        codes, scales, maxima = kernels.quantize_blockwise(
+            rows, table, self.bits, self.block_size, self.scale == "fitted", self.double
+        )
+        parts = {"codes": codes, "scales": scales} | ({"scale_maxima": maxima} if self.double else {})
+        return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
+
+    def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32 or float64)."""
+        codes, scales = parts["codes"], parts["scales"]
+        lead = codes.shape[:-1]
+        maxima = parts["scale_maxima"] if self.double else scales.new_empty((*lead, 0), dtype=torch.float32)
+        codes, scales, maxima = (part.reshape(lead.numel(), part.shape[-1]) for part in (codes, scales, maxima))
+        table = codebook(self.codebook, self.bits)
+        rows = kernels.dequantize_blockwise(codes, scales, maxima, table, self.bits, self.block_size, n, dtype)
+        return rows.reshape(*lead, n)
+
+    def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Parts:
+        """The parts of zeros of ``shape`` (a zero scale decodes to zeros whatever the codes are)."""
+        *lead, n = shape
+        blocks = -(-n // self.block_size)
+        scale_dtype = torch.uint8 if self.double else torch.float32
+        parts = {
+            "codes": torch.zeros(*lead, kernels.packed_bytes(n, self.bits), dtype=torch.uint8, device=device),
+            "scales": torch.zeros(*lead, blocks, dtype=scale_dtype, device=device),
+        }
+        if self.double:
+            parts["scale_maxima"] = torch.zeros(*lead, -(-blocks // SCALE_GROUP), device=device)
+        return parts
+
+
+# How numbers are kept: as codes, rounded to a dtype, or as they are in at least float32.
+Codec = Quantization | torch.dtype | None
+
+
+def encode(x: Tensor, codec: Codec) -> Parts:
+    """Floating [..., n] to the parts of a ``Quantization``, or to "values" of a dtype."""
+    if isinstance(codec, Quantization):
+        return codec.encode(x)
+    return {"values": x.to(codec or torch.promote_types(x.dtype, torch.float32), copy=True)}
+
+
+def decode(parts: Parts, codec: Codec, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What ``encode`` kept of rows of n numbers, [..., n] in ``dtype`` (float32 or float64)."""
+    if isinstance(codec, Quantization):
+        return codec.decode(parts, n, dtype)
+    return parts["values"].to(dtype)
+
+
+def zeros(shape: Sequence[int], codec: Codec, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:
+    """The parts of zeros of ``shape``; ``dtype`` is what ``encode`` would be given."""
+    if isinstance(codec, Quantization):
+        return codec.zeros(shape, device)
+    return {"values": torch.zeros(shape, dtype=codec or torch.promote_types(dtype, torch.float32), device=device)}
+
+
+def encode_tensor(x: Tensor, codec: Codec) -> Parts:
+    """Encode a tensor of any shape along the rows of its (first dim, rest) view.
+
+    Rows under 32 numbers, and so every 1-D tensor, stay in at least float32, whatever the codec is.
+    """
+    count, length = _rows(x.shape)
+    return encode(x.reshape(count, length), codec if length >= MIN_ROW else None)
+
+
+def decode_tensor(parts: Parts, codec: Codec, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of ``encode_tensor`` for a tensor of ``shape``, in ``dtype`` (float32 or float64)."""
+    length = _rows(shape)[1]
+    return decode(parts, codec if length >= MIN_ROW else None, length, dtype).reshape(shape)
+
+
+def _rows(shape: torch.Size) -> tuple[int, int]:
+    """Rows and their length in the (first dim, rest) view; sharding the first dim never changes a row."""
+    count = shape[0] if shape else 1
+    return count, shape.numel() // count if count else 0

@@ -1,0 +1,82 @@
+"""What ``bits`` and ``storage`` mean: from the budget that a user thinks in to the form that a factor is kept in.
+
+``bits`` counts code bits per element of each stored n x n matrix. A symmetric matrix spends them on one triangle, so at
+bits=4 its codes have 8 bits; eigenvectors are a full square and have codes of ``bits`` bits.
+"""
+
+from typing import Any
+
+import torch
+
+from lowbit_optim.storage.blockwise import Codec, Quantization
+from lowbit_optim.storage.factors import Dense, Direct, Eigen, Factor, Root
+from lowbit_optim.storage.symmetric import Symmetric
+
+STORAGES: dict[str, type[Factor]] = {"dense": Dense, "direct": Direct, "eigen": Eigen, "root": Root}
+
+# The tables of least error on normal numbers; at 8 bits that is the evenly spaced one.
+_TRIANGLE: dict[float, Codec] = {
+    16: torch.float32,
+    8: torch.bfloat16,
+    4: Quantization(8, "linear", 64, double=True, scale="fitted"),
+    3: Quantization(6, "lloyd-max", 64, double=True, scale="fitted"),
+    2: Quantization(4, "lloyd-max", 64, double=True, scale="fitted"),
+    1.5: Quantization(3, "lloyd-max", 64, double=True, scale="fitted"),
+    1: Quantization(2, "lloyd-max", 64, double=True, scale="fitted"),
+}
+_SQUARE: dict[float, Codec] = {
+    16: torch.bfloat16,
+    8: Quantization(8, "linear", 64, double=True, scale="fitted"),
+    4: Quantization(4, "lloyd-max", 64, double=True, scale="fitted"),
+    3: Quantization(3, "lloyd-max", 64, double=True, scale="fitted"),
+}
+BITS = (32, *_TRIANGLE)
+
+
+def form(
+    storage: str,
+    bits: float,
+    quantization: Quantization | None,
+    layout: str,
+    quantized: bool,
+    *,
+    rectify_update: int,
+    rectify_root: int,
+    orthogonal_iterations: int,
+    **shared: Any,
+) -> Factor:
+    """The form of one factor.
+
+    Args:
+        storage: one of ``STORAGES``.
+        bits: one of ``BITS``; 32 is ``Dense`` whatever the storage.
+        quantization: how codes are made, in the place of what ``bits`` says (unless that is 32).
+        layout: "triangle" or "square": what is kept of symmetric matrices.
+        quantized: False keeps the form but no codes: numbers stay in at least float32, as small factors do.
+        rectify_update, rectify_root, orthogonal_iterations: of ``Eigen``.
+        **shared: the keywords of ``Factor``.
+
+    Raises:
+        ValueError: an unknown storage, bits or layout, or bits that the storage cannot hold.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"unknown storage {storage!r}; the storages are {', '.join(STORAGES)}")
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
+    if storage == "dense" and bits != 32:
+        raise ValueError(f"storage 'dense' holds 32 bits, not {bits}; 'root' holds every smaller number")
+    if storage == "eigen" and not quantization and bits != 32 and bits not in _SQUARE:
+        raise ValueError(f"storage 'eigen' cannot keep eigenvectors in {bits} bits (3 at least); 'root' can")
+    symmetric = Symmetric((quantization or _TRIANGLE.get(bits)) if quantized else None, layout)
+    if bits == 32:
+        return Dense(**shared)
+    if storage == "eigen":
+        return Eigen(
+            vectors=(quantization or _SQUARE[bits]) if quantized else None,
+            codec=symmetric,
+            rectify_update=rectify_update,
+            rectify_root=rectify_root,
+            iterations=orthogonal_iterations,
+            **shared,
+        )
+    return (Direct if storage == "direct" else Root)(codec=symmetric, **shared)

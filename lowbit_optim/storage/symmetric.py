@@ -1,0 +1,72 @@
+"""A symmetric matrix as a full-precision diagonal and its packed off-diagonal part."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
+
+LAYOUTS = ("triangle", "square")
+
+
+@lru_cache(maxsize=16)
+def _lower(n: int, device: torch.device) -> Tensor:
+    """Flat positions of the strict lower triangle of an n x n matrix, row by row: int64 [n (n - 1) / 2]."""
+    row, column = torch.tril_indices(n, n, -1, device=device)
+    return row * n + column
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """How a batch of symmetric matrices [k, n, n] is kept.
+
+    Args:
+        codec: how the off-diagonal part is kept: a ``Quantization``, a floating dtype that it is rounded to, or None
+            for at least float32.
+        layout: "triangle" keeps the strict lower triangle as one row of n (n - 1) / 2 numbers. "square" keeps every
+            off-diagonal number, row by row (the paper's way: twice the bytes, and each half has scales of its own, so
+            that what comes back is only nearly symmetric). Default "triangle".
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+
+    codec: Codec = None
+    layout: str = "triangle"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.layout!r}; the layouts are {', '.join(LAYOUTS)}")
+
+    def encode(self, x: Tensor) -> Parts:
+        """Symmetric [k, n, n], finite, float32 or float64, to "diagonal" [k, n] and the parts of the rest.
+
+        The diagonal is float32, or of x's dtype where codec is None.
+        """
+        diagonal = x.diagonal(dim1=-2, dim2=-1)
+        if self.layout == "triangle":
+            rest = x.flatten(-2)[:, _lower(x.shape[-1], x.device)]
+        else:
+            rest = x - torch.diag_embed(diagonal)
+        return {"diagonal": diagonal.to(self._diagonal_dtype(x.dtype), copy=True), **encode(rest, self.codec)}
+
+    def decode(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32 or float64)."""
+        diagonal = parts["diagonal"].to(dtype)
+        k, n = diagonal.shape
+        if self.layout == "square":
+            return decode(parts, self.codec, n, dtype) + torch.diag_embed(diagonal)
+        rest = decode(parts, self.codec, n * (n - 1) // 2, dtype)
+        x = rest.new_zeros(k, n * n).index_copy_(1, _lower(n, rest.device), rest).unflatten(1, (n, n))
+        return x + x.mT + torch.diag_embed(diagonal)
+
+    def identity(self, k: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:
+        """The parts of k identity matrices of order n; ``dtype`` is what ``encode`` would be given."""
+        shape = (k, n * (n - 1) // 2) if self.layout == "triangle" else (k, n, n)
+        diagonal = torch.ones(k, n, dtype=self._diagonal_dtype(dtype), device=device)
+        return {"diagonal": diagonal, **zeros(shape, self.codec, dtype, device)}
+
+    def _diagonal_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.codec else dtype
