@@ -1,0 +1,10 @@
+"""Second-order optimizers for PyTorch on states of about 4 bits a number."""
+
+from importlib.metadata import version
+
+from lowbit_optim import presets
+from lowbit_optim.optimizers.shampoo import Shampoo
+from lowbit_optim.storage import Quantization
+
+__version__ = version("lowbit-optim")
+__all__ = ["Quantization", "Shampoo", "presets"]

@@ -1,0 +1,103 @@
+"""Shampoo over any first-order optimizer, with its factors in low-bit storage."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lowbit_optim.optimizers.second_order import SecondOrder
+from lowbit_optim.preconditioners.shampoo import ShampooPreconditioner
+from lowbit_optim.storage import Quantization
+
+
+class Shampoo(SecondOrder):
+    r"""Shampoo with low-bit factors in front of a first-order optimizer.
+
+    For each matrix block G of a parameter's gradient, with :math:`\beta` = ``shampoo_beta``, p = ``root_power``:
+
+    .. math::
+
+        L \leftarrow \beta L + (1 - \beta) G G^T, \quad R \leftarrow \beta R + (1 - \beta) G^T G, \quad
+        \hat G = L^{-1/p} G R^{-1/p}, \quad \tilde G = \hat G \, \|G\|_F / \|\hat G\|_F
+
+    and :math:`\tilde G` takes the gradient's place in the base optimizer. The norms are those of the whole parameter.
+    A parameter is viewed as a (first dim, rest) matrix without its dims of size 1; parameters of rank 0 or 1, and
+    groups with ``precondition=False``, get the base optimizer alone. Gradients are preconditioned in place.
+
+    Every keyword can be set per param group. ``state_dict()`` holds plain tensors and numbers under flat names.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate, handed to the base. Default 1e-3.
+        base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
+            them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 4.
+        storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "eigen" (the
+            paper's rectified eigenvectors), "direct" (the matrices themselves), "dense" (bits=32). Default "root".
+        quantization: a ``Quantization`` that says how codes are made, instead of ``bits`` (unless bits is 32).
+        layout: "triangle" or "square" (the paper's): what is kept of a symmetric matrix. Default "triangle".
+        precondition: False leaves the group to the base optimizer. Default True.
+        max_preconditioner_dim: longer sides are split into equal blocks. Default 1200.
+        min_quant_size: a factor with fewer elements keeps its form, but in float32. Default 4096.
+        statistics_frequency: steps between statistics updates (T1). Default 100.
+        precondition_frequency: steps between root updates (T2). Default 500; storage "root" has one period,
+            ``statistics_frequency``, and takes None or that number only.
+        start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
+        shampoo_beta: decay of the statistics. Default 0.95.
+        matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
+        initial_scale: factors start as this times I; at 0, the default, the first non-zero statistic replaces them.
+        statistic_limit: a statistic M is scaled down to tr(M) <= statistic_limit tr(A) (not with an initial_scale).
+            Default 20.
+        root_power: p. Default 4.
+        rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
+        orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.
+        graft: give the preconditioned gradient the norm of the gradient. Default True.
+        workspace: bytes of temporary tensors to aim at. Default 256 MiB.
+        **base_kwargs: options of the base optimizer (betas, weight_decay, momentum, ...).
+
+    Raises:
+        ValueError: a setting outside its range, or two that exclude each other.
+        TypeError: a keyword that neither Shampoo nor its base knows; complex parameters; at ``step``, sparse gradients.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import Shampoo
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = Shampoo(model.parameters(), lr=1e-3, weight_decay=0.05, statistics_frequency=10)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    preconditioner_class = ShampooPreconditioner
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        *,
+        base: str | type[Optimizer] = "adamw",
+        bits: float = 4,
+        storage: str = "root",
+        quantization: Quantization | None = None,
+        layout: str = "triangle",
+        precondition: bool = True,
+        max_preconditioner_dim: int = 1200,
+        min_quant_size: int = 4096,
+        statistics_frequency: int = 100,
+        precondition_frequency: int | None = None,
+        start_preconditioning_step: int = 1,
+        shampoo_beta: float = 0.95,
+        matrix_eps: float = 1e-6,
+        initial_scale: float = 0.0,
+        statistic_limit: float = 20.0,
+        root_power: int = 4,
+        rectify_update: int = 1,
+        rectify_root: int = 4,
+        orthogonal_iterations: int = 1,
+        graft: bool = True,
+        workspace: int = 256 * 2**20,
+        **base_kwargs: Any,
+    ) -> None:
+        settings = {
+            k: v for k, v in locals().items() if k not in ("self", "params", "base", "base_kwargs", "__class__")
+        }
+        super().__init__(params, settings, base, base_kwargs)

@@ -1,0 +1,1 @@
+"""Gradient in, preconditioned gradient out, in place."""

@@ -1,0 +1,289 @@
+"""The shared engine of the Kronecker-factored preconditioners.
+
+A gradient's way through it: blocks of all same-shaped parameters in one stack, their statistics into the factors, the
+factors' roots onto the blocks, the norm of each parameter's gradient back, and into ``param.grad`` again. A subclass
+says what the statistics are and how two roots act on a block.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.blocking import Blocking, Stack, blocking
+from lowbit_optim.linalg import full_precision
+from lowbit_optim.storage.blockwise import Quantization
+from lowbit_optim.storage.budget import form
+from lowbit_optim.storage.factors import Factor
+
+SIDES = ("left", "right")
+DEFAULT_PRECONDITION_FREQUENCY = 500
+
+Group = dict[str, Any]
+
+
+class Forms(NamedTuple):
+    """The forms of the two factors of a block."""
+
+    left: Factor
+    right: Factor
+
+
+class Due(NamedTuple):
+    """What this step asks of a parameter."""
+
+    update: bool
+    refresh: bool
+    precondition: bool
+
+
+@dataclass
+class Bucket:
+    """Parameters of one step that share a block shape and every setting."""
+
+    forms: Forms
+    due: Due
+    graft: bool
+    workspace: int
+    dtype: torch.dtype
+    gradients: list[Tensor] = field(default_factory=list)
+    blockings: list[Blocking] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    def sides(self) -> Iterator[tuple[str, Factor]]:
+        """("left", its form), ("right", its form)."""
+        return zip(SIDES, self.forms, strict=True)
+
+
+@lru_cache
+def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """For each block of a stack the index of its parameter, int64 [sum(counts)]."""
+    return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
+
+
+@lru_cache
+def _lengths(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(counts, device=device)
+
+
+@lru_cache
+def _form(order: int, min_quant_size: int, quantization: tuple[Any, ...] | None, **settings: Any) -> Factor:
+    return form(
+        quantization=Quantization(*quantization) if quantization else None,
+        quantized=order * order >= min_quant_size,
+        **settings,
+    )
+
+
+def group_form(group: Group, order: int) -> Factor:
+    """The form in which a group keeps a factor of the given order."""
+    return _form(
+        order,
+        group["min_quant_size"],
+        tuple(group["quantization"]) if group["quantization"] else None,
+        storage=group["storage"],
+        bits=group["bits"],
+        layout=group["layout"],
+        power=group["root_power"],
+        decay=group["shampoo_beta"],
+        eps=group["matrix_eps"],
+        initial_scale=group["initial_scale"],
+        statistic_limit=group["statistic_limit"],
+        rectify_update=group["rectify_update"],
+        rectify_root=group["rectify_root"],
+        orthogonal_iterations=group["orthogonal_iterations"],
+    )
+
+
+def working_dtype(parameter: Tensor) -> torch.dtype:
+    """float64 for float64 parameters, else float32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+class KroneckerPreconditioner(ABC):
+    """Preconditions the gradients of param groups in place; keeps no state of its own.
+
+    A group's settings are the keywords of ``optimizers.second_order.SecondOrder``. The state of a parameter:
+
+    * "step": int64 scalar on the CPU, steps in which the parameter had a gradient;
+    * "nonfinite": int64 scalar, gradient blocks that were replaced by zeros;
+    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the parameter's blocks.
+    """
+
+    @abstractmethod
+    def statistics(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics of the left and right factors, [k, r, r] and [k, c, c], of gradient blocks [k, r, c]."""
+
+    @abstractmethod
+    def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
+        """The preconditioned blocks [k, r, c] from the roots [k, r, r] and [k, c, c]."""
+
+    def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
+        """How a parameter of the group is cut into blocks; None if it is left to the base optimizer."""
+        if not group["precondition"]:
+            return None
+        return blocking(tuple(parameter.shape), group["max_preconditioner_dim"])
+
+    def init_state(
+        self, parameter: Tensor, group: Group, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
+        """The state of a parameter before its first step, on ``device`` (default: the parameter's)."""
+        device = parameter.device if device is None else device
+        state = {
+            "step": torch.zeros((), dtype=torch.int64, device="meta" if str(device) == "meta" else "cpu"),
+            "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
+        }
+        cut = self.blocking(parameter, group)
+        if cut is not None:
+            for side, order in zip(SIDES, (cut.rows, cut.columns), strict=True):
+                tensors = group_form(group, order).init(cut.count, order, working_dtype(parameter), device)
+                state |= {f"{side}.{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    @torch.no_grad()
+    def step(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> Tensor | None:
+        """Guard and precondition every gradient of the groups, in place.
+
+        Returns:
+            How many gradient blocks were not finite and how many decompositions failed in this step, int64 [2] on the
+            first parameter's device; None if no parameter has a gradient.
+        """
+        troubles = []
+        with full_precision():
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and self.blocking(parameter, group) is None:
+                        troubles.append(_guard(parameter.grad, state[parameter]))
+            for bucket in self._buckets(groups, state):
+                for part in _whole_parameters(bucket):
+                    troubles.append(self._step_part(bucket, part))
+        return torch.stack([t.to(troubles[0].device) for t in troubles]).sum(0) if troubles else None
+
+    def _buckets(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
+        """Count the step and sort this step's parameters. Rebuilt every time: parameters and settings may change."""
+        buckets: dict[Any, Bucket] = {}
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                own = state[parameter]
+                own["step"] += 1
+                cut = self.blocking(parameter, group)
+                if cut is None:
+                    continue
+                forms = Forms(group_form(group, cut.rows), group_form(group, cut.columns))
+                due = _due(int(own["step"]), group, forms)
+                settings = (forms, due, group["graft"], group["workspace"], working_dtype(parameter))
+                key = (cut.rows, cut.columns, parameter.device, settings)
+                bucket = buckets.setdefault(key, Bucket(*settings))
+                bucket.gradients.append(parameter.grad)
+                bucket.blockings.append(cut)
+                bucket.states.append(own)
+        return list(buckets.values())
+
+    def _step_part(self, bucket: Bucket, part: slice) -> Tensor:
+        """One step of some whole parameters of a bucket; returns its troubles, int64 [2]."""
+        gradients, cuts, states = bucket.gradients[part], bucket.blockings[part], bucket.states[part]
+        stack = Stack(states, [cut.count for cut in cuts])
+        owner = _owner(tuple(stack.counts), gradients[0].device)
+
+        blocks = torch.cat([cut.split(g).to(bucket.dtype) for g, cut in zip(gradients, cuts, strict=True)])
+        magnitude = blocks.abs().amax((1, 2))
+        good = torch.isfinite(magnitude)
+        bad = torch.zeros(len(states), dtype=torch.int64, device=owner.device).index_add_(0, owner, (~good).long())
+        torch._foreach_add_([state["nonfinite"] for state in states], list(bad.unbind()))
+        # Each parameter's largest magnitude is taken out, so that squares neither overflow nor underflow.
+        largest = magnitude.new_zeros(len(states)).scatter_reduce_(0, owner, magnitude.where(good, 0.0), "amax")
+        magnitude = torch.where(largest > 0, largest, 1.0)[owner]
+        gradient = torch.where(_each(good), blocks / _each(magnitude), 0.0)
+
+        failed = torch.zeros_like(bad[0])
+        result = torch.empty_like(gradient) if bucket.due.precondition else None
+        for start, stop in _slices(bucket, gradient):
+            if bucket.due.update or bucket.due.refresh:
+                failed += self._update(bucket, stack, start, stop, gradient[start:stop], magnitude[start:stop])
+            if result is not None:
+                left, right = (f.root(stack.read(side, start, stop), bucket.dtype) for side, f in bucket.sides())
+                result[start:stop] = self.apply(left, gradient[start:stop], right)
+
+        if result is None:
+            result = torch.where(_each(good), blocks, 0.0)
+        else:
+            if bucket.graft:
+                before, after = (_norms(x, tuple(stack.counts)) for x in (gradient, result))
+                magnitude = magnitude * torch.where(after > 0, before / after, 0.0)[owner]
+            result *= _each(magnitude)
+        for g, cut, own in zip(gradients, cuts, result.split(stack.counts), strict=True):
+            g.copy_(cut.merge(own))
+        return torch.stack([bad.sum(), failed])
+
+    def _update(
+        self, bucket: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
+    ) -> Tensor:
+        """Statistics into factors, factors into roots; returns how many blocks failed, int64 []."""
+        failed = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        statistics = self.statistics(gradient) if bucket.due.update else (None, None)
+        for (side, factor), m in zip(bucket.sides(), statistics, strict=True):
+            state = stack.read(side, start, stop)
+            before = state["failures"]
+            if m is not None:
+                state = factor.update(state, m, magnitude)
+            if bucket.due.refresh:
+                state = factor.refresh(state, gradient.dtype)
+            stack.write(side, start, stop, state)
+            failed += (state["failures"] - before).sum()
+        return failed
+
+
+def _due(step: int, group: Group, forms: Forms) -> Due:
+    refresh = group["precondition_frequency"] or DEFAULT_PRECONDITION_FREQUENCY
+    return Due(
+        update=step % group["statistics_frequency"] == 0,
+        refresh=not forms.left.one_period and step % refresh == 0,
+        precondition=step >= group["start_preconditioning_step"],
+    )
+
+
+def _guard(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    """Zero the gradient of a parameter without blocks if any of it is not finite; returns its troubles, int64 [2]."""
+    bad = ~torch.isfinite(gradient).all()
+    gradient.masked_fill_(bad, 0.0)
+    state["nonfinite"] += bad
+    return torch.stack([bad, torch.zeros_like(bad)]).long()
+
+
+def _each(x: Tensor) -> Tensor:
+    """[k] to [k, 1, 1], to scale blocks with."""
+    return x[:, None, None]
+
+
+def _norms(blocks: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The Frobenius norm of each parameter's blocks together, [len(counts)]."""
+    # Not index_add_, whose order of summation changes from run to run on CUDA; unsafe: lengths unchecked, no host sync.
+    squares = blocks.square().sum((1, 2))
+    return torch.segment_reduce(squares, "sum", lengths=_lengths(counts, blocks.device), unsafe=True).sqrt()
+
+
+def _whole_parameters(bucket: Bucket) -> Iterator[slice]:
+    """Runs of parameters whose gradients, their result and a temporary fit in the workspace; at least one each."""
+    start, used = 0, 0
+    for i, cut in enumerate(bucket.blockings):
+        size = 3 * cut.count * cut.rows * cut.columns * bucket.dtype.itemsize
+        if i > start and used + size > bucket.workspace:
+            yield slice(start, i)
+            start, used = i, 0
+        used += size
+    yield slice(start, len(bucket.blockings))
+
+
+def _slices(bucket: Bucket, blocks: Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of blocks whose roots, or the matrices of their update, fit in the workspace; at least one block each."""
+    count, rows, columns = blocks.shape
+    matrices = 8 if bucket.due.update or bucket.due.refresh else 2
+    run = max(1, bucket.workspace // (matrices * (rows * rows + columns * columns) * blocks.element_size()))
+    for start in range(0, count, run):
+        yield start, min(start + run, count)

@@ -1,0 +1,32 @@
+"""Keywords that reproduce published settings: ``Shampoo(params, lr=1e-3, **presets.WANG2024)``."""
+
+import math
+from types import MappingProxyType
+
+from lowbit_optim.storage import Quantization
+
+# 4-bit Shampoo as Wang, Zhou, Li and Huang (NeurIPS 2024) describe it: rectified 4-bit eigenvectors, roots as 4-bit
+# off-diagonal squares, linear-2, blocks of 64 with float32 scales, A_0 = eps I. Sides above 1200 are cut into equal
+# blocks here, not into blocks of 1200 and a remainder.
+WANG2024 = MappingProxyType(
+    {
+        "bits": 4,
+        "storage": "eigen",
+        "quantization": Quantization(bits=4, codebook="linear-2", block_size=64, double=False, scale="absmax"),
+        "layout": "square",
+        "max_preconditioner_dim": 1200,
+        "min_quant_size": 4096,
+        "statistics_frequency": 100,
+        "precondition_frequency": 500,
+        "start_preconditioning_step": 1,
+        "shampoo_beta": 0.95,
+        "matrix_eps": 1e-6,
+        "initial_scale": 1e-6,
+        "statistic_limit": math.inf,
+        "root_power": 4,
+        "rectify_update": 1,
+        "rectify_root": 4,
+        "orthogonal_iterations": 1,
+        "graft": True,
+    }
+)
