@@ -1,0 +1,60 @@
+"""Symmetric test matrices and streams of statistics, float64, and how the error of an inverse root is measured."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.storage.factors import Factor
+
+
+def orthogonal(order: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix [n, n]."""
+    return torch.linalg.qr(torch.randn(order, order, generator=generator, dtype=torch.float64)).Q
+
+
+def two_level(order: int, large: int, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n], ``large`` of them 1 and the rest 1 / ratio, and random eigenvectors [n, n]."""
+    values = torch.ones(order, dtype=torch.float64)
+    values[large:] = 1 / ratio
+    return values, orthogonal(order, generator)
+
+
+def statistics(order: int, columns: int, condition: float, seeds: range, updates: int) -> Iterator[Tensor]:
+    """M_t = G G^T [seeds, n, n] with G = C^(1/2) Z / sqrt(columns), Z normal, C log-spaced from 1 to 1 / condition."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    levels = torch.logspace(0, -math.log10(condition), order, dtype=torch.float64)
+    root = torch.stack([orthogonal(order, g) for g in generators]) * levels.sqrt()
+    for _ in range(updates):
+        noise = torch.stack([torch.randn(order, columns, generator=g, dtype=torch.float64) for g in generators])
+        gradient = root @ noise / math.sqrt(columns)
+        yield gradient @ gradient.mT
+
+
+def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
+    """V diag(lambda)^exponent V^T."""
+    return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def exact_root(a: Tensor, eps: float) -> Tensor:
+    """V max(lambda, eps lambda_max)^(-1/4) V^T."""
+    values, vectors = torch.linalg.eigh(a)
+    return power(values.maximum(eps * values.amax(-1, keepdim=True)), vectors, -1 / 4)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> Tensor:
+    """NRE: the Frobenius norm of the difference over that of the exact matrix, [...]."""
+    return torch.linalg.matrix_norm(got - exact) / torch.linalg.matrix_norm(exact)
+
+
+def angle(got: Tensor, exact: Tensor) -> Tensor:
+    """AE: the angle between the matrices as vectors, in degrees, [...]."""
+    cosine = (got * exact).sum((-2, -1)) / torch.linalg.matrix_norm(got) / torch.linalg.matrix_norm(exact)
+    return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
+
+
+def bits_per_element(form: Factor, order: int) -> float:
+    """Bits of everything that a form keeps of one factor, over the elements of its square."""
+    state = form.init(1, order, torch.float32, "meta")
+    return 8 * sum(t.numel() * t.element_size() for t in state.values()) / order**2

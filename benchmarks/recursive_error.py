@@ -1,0 +1,146 @@
+"""What re-quantization at every update does: the state goes through A <- 0.95 A + 0.05 G G^T again and again.
+
+Three tables: the error of the root after 100 updates, for each form and two values of eps; the drift of the root form
+over 1000 updates; and its recovery from one gradient that is a million times too large.
+"""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.matrices import bits_per_element, exact_root, relative_error, statistics
+from benchmarks.report import keep, show
+from lowbit_optim.presets import WANG2024
+from lowbit_optim.storage import Quantization, Symmetric
+from lowbit_optim.storage.budget import BITS, form
+from lowbit_optim.storage.factors import Dense, Direct, Eigen, Factor, Root, State
+
+DECAY, CONDITION = 0.95, 3e4
+WIDTHS = tuple(bits for bits in BITS if bits <= 8)
+
+
+def root_form(bits: float, **shared: Any) -> Factor:
+    """The root form at a budget, as ``Shampoo(bits=...)`` would keep it."""
+    eigen = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
+    return form("root", bits, None, "triangle", True, **eigen, **shared)
+
+
+def forms(eps: float) -> dict[str, Factor]:
+    """The forms of the first table."""
+    paper: Any = {"eps": eps} | {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
+    four = Quantization(4, "linear-2")
+    square = Symmetric(four, "square")
+    nf4 = Symmetric(Quantization(4, "nf", double=True, scale="fitted"))
+    return {
+        "dense: A and root, exact": Dense(eps=eps),
+        "eigen: U in float32, one QR per update": Eigen(vectors=None, codec=Symmetric(), **paper),
+        "eigen: U 4-bit, rectified, root 4-bit square (the paper)": Eigen(vectors=four, codec=square, **paper),
+        "direct: A and root 4-bit squares (naive)": Direct(codec=square, **paper),
+        **{f"root: bits={bits}": root_form(bits, eps=eps) for bits in WIDTHS},
+        "root: A^(-1/8), NormalFloat-4": Root(codec=nf4, power=8, eps=eps),
+    }
+
+
+def fourth_root(factor: Factor, state: State) -> Tensor:
+    """A^(-1/4), also from a form that keeps A^(-1/8)."""
+    return torch.linalg.matrix_power(factor.root(state, torch.float32), factor.power // 4).double()
+
+
+def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> State:
+    """One update, and a refresh where the form has one."""
+    state = factor.update(state, m.float(), torch.full((len(m),), magnitude))
+    return state if factor.one_period else factor.refresh(state, torch.float32)
+
+
+def average(a: Tensor | None, m: Tensor) -> Tensor:
+    """The float64 moving average, started from the first statistic."""
+    return m if a is None else DECAY * a + (1 - DECAY) * m
+
+
+def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
+    """Recursive error after 100 updates."""
+    rows: dict[str, dict[str, Any]] = {}
+    for eps in (1e-6, 1e-4):
+        for label, factor in forms(eps).items():
+            state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+            for m in statistics(order, order // 4, CONDITION, seeds, 100):
+                a, state = average(a, m), advance(factor, state, m)
+            assert a is not None
+            size = bits_per_element(factor, order)
+            row = rows.setdefault(label, {"kept between updates": label, "bits/element": size})
+            row[f"NRE, eps {eps:.0e}"] = relative_error(fourth_root(factor, state), exact_root(a, eps)).mean().item()
+    return list(rows.values())
+
+
+def top_ratio(factor: Factor, state: State, a: Tensor) -> Tensor:
+    """The largest eigenvalue that the form gives back, over the true one."""
+    return torch.linalg.eigvalsh(factor.statistic(state, torch.float64))[..., -1] / torch.linalg.eigvalsh(a)[..., -1]
+
+
+def drift_table(order: int, seeds: range, updates: int) -> list[dict[str, Any]]:
+    """Largest eigenvalue and error over many updates; a figure is a mean over seeds and every fifth of 100 updates."""
+    rows = []
+    windows = (100, 300, updates)
+    for bits in WIDTHS:
+        factor = root_form(bits)
+        state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+        ratios: dict[int, list[Tensor]] = {end: [] for end in windows}
+        errors: dict[int, list[Tensor]] = {end: [] for end in windows}
+        for t, m in enumerate(statistics(order, order // 4, CONDITION, seeds, updates), 1):
+            a, state = average(a, m), advance(factor, state, m)
+            for end in windows:
+                if end - 100 < t <= end and t % 5 == 0:
+                    ratios[end].append(top_ratio(factor, state, a).log())
+                    errors[end].append(relative_error(fourth_root(factor, state), exact_root(a, factor.eps)))
+        row: dict[str, Any] = {"root form": f"bits={bits}"}
+        row |= {f"top eigenvalue ratio at {end}": torch.stack(r).mean().exp().item() for end, r in ratios.items()}
+        row |= {f"NRE at {end}": torch.stack(e).mean().item() for end, e in errors.items()}
+        rows.append(row)
+    return rows
+
+
+def spike_table(order: int, seeds: range) -> list[dict[str, Any]]:
+    """The 51st gradient is 1e6 times too large. The error is against an average that never saw the spike."""
+    rows = []
+    forms = {"dense, no limit": Dense(statistic_limit=math.inf), "dense": Dense()}
+    for label, factor in {**forms, **{f"root: bits={bits}": root_form(bits) for bits in WIDTHS}}.items():
+        state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+        row: dict[str, Any] = {"one gradient times 1e6": label}
+        for t, m in enumerate(statistics(order, order // 4, CONDITION, seeds, 56), 1):
+            spike = t == 51
+            state = advance(factor, state, m, 1e6 if spike else 1.0)
+            a = a if spike else average(a, m)
+            if t >= 50 and (t <= 52 or t == 56):
+                assert a is not None
+                root, exact = fourth_root(factor, state), exact_root(a, factor.eps)
+                # Without its scale, which grafting removes.
+                root *= ((root * exact).sum((-2, -1)) / root.square().sum((-2, -1)))[:, None, None]
+                when = "before" if t == 50 else "at the spike" if spike else f"{t - 51} later"
+                row[f"NRE {when}"] = relative_error(root, exact).mean().item()
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--order", type=int, default=384, help="order of the first table (default 384)")
+    parser.add_argument("--drift-order", type=int, default=128, help="order of the other tables (default 128)")
+    parser.add_argument("--updates", type=int, default=1000, help="updates of the drift table (default 1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="streams per figure of the other tables (default 3)")
+    args = parser.parse_args()
+    seeds = range(args.seeds)
+    errors = error_table(args.order, range(1))
+    show(f"Error of the root after 100 updates, order {args.order}, one stream", errors)
+    drift = drift_table(args.drift_order, seeds, args.updates)
+    show(f"Drift of the root form, order {args.drift_order}, mean of {args.seeds} streams", drift)
+    spike = spike_table(args.drift_order, seeds)
+    note = "Without a limit on tr(M) / tr(A) the spike owns the average; with it, the noise of one statistic remains."
+    show(f"Recovery from one spike, order {args.drift_order}, mean of {args.seeds} streams", spike, note)
+    keep("recursive_error", {"recursive": errors, "drift": drift, "spike": spike})
+
+
+if __name__ == "__main__":
+    main()

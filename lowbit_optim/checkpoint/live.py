@@ -1,0 +1,194 @@
+"""The live objects: what a checkpoint must match in them, and how they are put back if loading fails half-way."""
+
+import contextlib
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowbit_optim.checkpoint.files import Checkpoint, CheckpointError
+from lowbit_optim.checkpoint.tensors import Stored, memory_key, raw_bytes
+
+
+def class_name(thing: Any) -> str:
+    """Package and class: modules inside a package move, and AdamW alone could be anybody's."""
+    return f"{type(thing).__module__.partition('.')[0]}.{type(thing).__qualname__}"
+
+
+def parameter_names(optimizer: Any, state_dict: dict[str, Any], model: torch.nn.Module | None) -> dict[int, str]:
+    """Index in the state dict -> name in the model, or the index itself without a model."""
+    pairs = [
+        (index, parameter)
+        for packed, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+        for index, parameter in zip(packed["params"], group["params"], strict=True)
+    ]
+    if model is None:
+        return {index: str(index) for index, _ in pairs}
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    for index, parameter in pairs:
+        if id(parameter) not in known:
+            raise ValueError(
+                f"parameter {index} of the optimizer, of shape {list(parameter.shape)}, is not a parameter of the "
+                "model, so its values would not be in the checkpoint; give a module that holds all parameters as model"
+            )
+    return {index: known[id(parameter)] for index, parameter in pairs}
+
+
+def section_of(checkpoint: Checkpoint, kind: str, live: Any) -> tuple[str, dict[str, Any]]:
+    """The file to name in messages, and this part of trainer.json."""
+    section: dict[str, Any] | None = checkpoint.trainer[kind]
+    file = checkpoint.files.get(kind, checkpoint.files["trainer"])
+    if section is None:
+        raise CheckpointError(f"{file}: the checkpoint was saved without {kind}=; load it without, too")
+    if section.get("class", class_name(live)) != class_name(live):
+        raise CheckpointError(
+            f"{file}: holds the state of a {section['class']}, and the {kind} given is a {class_name(live)}; state is "
+            "loaded into the class that it was saved from: give one of that class, or none"
+        )
+    return file, section
+
+
+def _refuse(file: str, kind: str, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{file}: {'; '.join(problems[:3])}{more}. A checkpoint is loaded exactly or not at all: "
+            f"build the {kind} as it was when the checkpoint was saved"
+        )
+
+
+def _differences(saved: dict[str, Any], live: dict[str, Any], prefix: str = "") -> list[str]:
+    """What keeps the tensors of `saved` from becoming those of `live`."""
+    problems = [f"tensor '{prefix}{key}' is missing" for key in live if key not in saved]
+    problems += [f"tensor '{prefix}{key}' is there, but has no place" for key in saved if key not in live]
+    for key, now in live.items():
+        old = saved.get(key)
+        if not (isinstance(old, torch.Tensor) and isinstance(now, torch.Tensor)):
+            continue
+        if (old.shape, old.dtype) != (now.shape, now.dtype):
+            problems.append(
+                f"tensor '{prefix}{key}' is {old.dtype} {list(old.shape)}, the live one {now.dtype} {list(now.shape)}"
+            )
+    return problems
+
+
+def _resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
+    """Put the tensors of the file where trainer.json says."""
+    names = [value.name for value in entries.values() if type(value) is Stored]
+    _refuse(file, "checkpoint", [f"tensor {name!r} is missing" for name in names if name not in tensors])
+    return {key: tensors[value.name] if type(value) is Stored else value for key, value in entries.items()}
+
+
+def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
+    file, section = section_of(checkpoint, "model", model)
+    stored, live = section["state_dict"], model.state_dict()
+    saved = OrderedDict(_resolve(file, stored, checkpoint.tensors["model"]))
+    problems = _differences(saved, live)
+    tied: dict[Any, str] = {}
+    for name, value in live.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.is_meta:
+            problems.append(f"tensor {name!r} of the model is on the meta device and can hold no values")
+        elif key := memory_key(value):
+            other = tied.setdefault(key, name)
+            if stored.get(name) != stored.get(other):
+                problems.append(f"tensors {name!r} and {other!r} are tied in the model, but were not when saved")
+    _refuse(file, "model", problems)
+    if section["versions"] is not None:
+        saved._metadata = section["versions"]  # type: ignore[attr-defined]
+    return saved
+
+
+def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None) -> dict[str, Any]:
+    file, section = section_of(checkpoint, "optimizer", optimizer)
+    saved, live, tensors = section["state_dict"], optimizer.state_dict(), checkpoint.tensors["optimizer"]
+    sizes, live_sizes = ([len(group["params"]) for group in d["param_groups"]] for d in (saved, live))
+    if sizes != live_sizes:
+        _refuse(file, "optimizer", [f"has groups of {sizes} parameters, the live optimizer has {live_sizes}"])
+    names = parameter_names(optimizer, live, model)
+    if model is not None and section["names"] is not None:
+        pairs = enumerate(zip(section["names"], names.values(), strict=True))
+        changed = [f"parameter {i} is {old!r}, in the live optimizer {new!r}" for i, (old, new) in pairs if old != new]
+        _refuse(file, "optimizer", changed)
+
+    state = {index: _resolve(file, entry, tensors) for index, entry in saved["state"].items()}
+    if hasattr(optimizer, "check_state_dict"):
+        try:
+            optimizer.check_state_dict(saved | {"state": state})
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    else:  # before its first step an optimizer has no state, and nothing to compare with
+        problems = []
+        for index, entry in state.items():
+            if entry and live["state"].get(index):
+                problems += _differences(entry, live["state"][index], f"{names.get(index, index)}/")
+        _refuse(file, "optimizer", problems)
+
+    # load_state_dict may keep the tensors that it is given, so these must not be pages of a file: copy each once.
+    owned = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = {index: _resolve(file, entry, owned) for index, entry in saved["state"].items()}
+    return {**saved, "state": state}
+
+
+def random_state() -> dict[str, Any]:
+    # Asking for CUDA's would start CUDA, so a process that never used it has none.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}  # noqa: NPY002
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002 (whichever generator the training uses)
+    torch.set_rng_state(state["torch"])
+    for device, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator, device)
+
+
+def scheduler_undo(scheduler: Any) -> Callable[[], None]:
+    attributes, state = dict(vars(scheduler)), copy.deepcopy(scheduler.state_dict())
+
+    def undo() -> None:
+        with contextlib.suppress(Exception):  # for schedulers within this one; it may refuse its own state, too
+            scheduler.load_state_dict(state)
+        vars(scheduler).clear()
+        vars(scheduler).update(attributes)
+
+    return undo
+
+
+def optimizer_undo(optimizer: Any) -> Callable[[], None]:
+    # Containers are kept, tensors are not copied: load_state_dict replaces state tensors and does not write into them.
+    attributes = dict(vars(optimizer))
+    state = {parameter: (entry, dict(entry)) for parameter, entry in optimizer.state.items()}
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+
+    def undo() -> None:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        for kept, content in (*state.values(), *groups):
+            kept.clear()
+            kept.update(content)
+        optimizer.state.clear()
+        optimizer.state.update({parameter: entry for parameter, (entry, _) in state.items()})
+        optimizer.param_groups[:] = [group for group, _ in groups]
+
+    return undo
+
+
+def model_undo(model: torch.nn.Module) -> Callable[[], None]:
+    # The new tensors are mapped from the file, so this copy on the host is the only one.
+    live = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    kept = {name: raw_bytes(tensor).clone() for name, tensor in live.items()}
+
+    @torch.no_grad()
+    def undo() -> None:
+        for name, tensor in live.items():
+            if not torch.equal(raw_bytes(tensor), kept[name]):  # an expanded tensor cannot be written, but is unchanged
+                tensor.copy_(kept[name].view(tensor.dtype).reshape(tensor.shape))
+
+    return undo

@@ -1,0 +1,121 @@
+"""Saving is all or nothing."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.checkpoint.common import build, load, picture, same, save, train
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing may handle it as if it were an error of a file."""
+
+
+def crash_at(monkeypatch, call):
+    """Let the call-th fsync or rename from now on raise; return the calls so far."""
+    calls = []
+
+    def wrap(name, function):
+        def wrapped(*args):
+            calls.append(name)
+            if len(calls) == call + 1:
+                raise Crash
+            return function(*args)
+
+        monkeypatch.setattr(os, name, wrapped)
+
+    wrap("fsync", os.fsync)
+    wrap("replace", os.replace)
+    return calls
+
+
+def test_crash_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch):
+    objects = build(0)
+    train(*objects, 1)
+    folder = tmp_path / "run"
+    for call in range(100):
+        save(folder, objects, step=1)
+        names = set(os.listdir(folder))
+        (folder / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch:
+            calls = crash_at(patch, call)
+            try:
+                save(folder, objects, step=2)
+            except Crash:
+                committed = "replace" in calls[:-1]
+                assert load(folder, build(1))["step"] == (2 if committed else 1)
+                assert committed or set(os.listdir(folder)) == names | {"notes.txt"}
+            else:
+                break
+        os.remove(folder / "notes.txt")
+    # Three data files, checkpoint.json, the folder, the rename, the folder.
+    assert calls == ["fsync"] * 5 + ["replace", "fsync"]
+    assert load(folder, build(1))["step"] == 2
+    assert len(os.listdir(folder)) == 5  # the last save's four, and the user's own
+
+
+def test_power_cut_at_any_moment(tmp_path, monkeypatch):
+    """The folder is copied before every change of it, as a process that vanishes would leave it."""
+    objects, folder = build(0), tmp_path / "run"
+    copies = []
+
+    def copying(function):
+        def wrapped(*args, **keywords):
+            copies.append(tmp_path / f"copy{len(copies)}")
+            shutil.copytree(folder, copies[-1])
+            return function(*args, **keywords)
+
+        return wrapped
+
+    save(folder, objects, step=1)
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace", "unlink"):
+            patch.setattr(os, name, copying(getattr(os, name)))
+        save(folder, objects, step=2)
+    steps = [load(place, build(1))["step"] for place in copies]
+    assert len(steps) > 8
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}
+
+    leftovers = copies[steps.index(2) - 1]  # just before the rename: the old checkpoint and all the new files
+    assert len(os.listdir(leftovers)) == 8
+    save(leftovers, objects, step=3)
+    assert len(os.listdir(leftovers)) == 4
+    assert load(leftovers, build(1))["step"] == 3
+
+
+def test_everything_is_on_disk_before_the_commit(tmp_path, monkeypatch):
+    synced, at_commit = set(), set()
+    fsync, replace = os.fsync, os.replace
+
+    def record(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def check(source, target):
+        at_commit.update(synced)
+        at_commit.add(os.stat(target.parent.parent).st_ino)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", check)
+    folder = tmp_path / "new" / "run"
+    save(folder, build(0))
+    paths = [tmp_path, tmp_path / "new", folder, *folder.iterdir()]
+    assert {path.name for path in paths if path.stat().st_ino not in at_commit} == set()
+
+
+def test_failed_first_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(Crash):
+            save(tmp_path, build(0))
+    assert os.listdir(tmp_path) == []
+
+
+def test_saving_leaves_the_random_generators_alone(tmp_path):
+    objects = build(0)
+    before = picture(*objects)
+    save(tmp_path, objects)
+    assert same(picture(*objects), before)
