@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 # Blocks along a row whose 8-bit scales share one float32.
 SCALE_GROUP = 256
 # Candidate scales of the least-error fit, as fractions of the block's largest magnitude.
-FIT_CANDIDATES = tuple(k / 32 for k in range(32, 11, -1))
+FIT_CANDIDATES = tuple(k / 16 for k in range(16, 5, -1))
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -86,7 +86,8 @@ def quantize_blockwise(
     n = x.shape[-1]
     table = table.to(x.device)
     values = table.to(x.dtype)
-    boundaries = ((table[:-1] + table[1:]) / 2).to(x.dtype)
+    # None between a value and its repetition: the first of equal values is the lower code, and has them all.
+    boundaries = ((table[:-1] + table[1:]) / 2).where(table[:-1] < table[1:], torch.inf).to(x.dtype)
     blocks = pad(x, (0, -n % block_size)).unflatten(-1, (-1, block_size))
     scales = blocks.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max).float()
     if fitted:
@@ -119,16 +120,19 @@ def _nearest(blocks: Tensor, scales: Tensor, boundaries: Tensor) -> Tensor:
 
 
 def _fit_scales(blocks: Tensor, inside: Tensor, largest: Tensor, values: Tensor, boundaries: Tensor) -> Tensor:
-    """Of the candidate scales of each block the one of least squared error; the larger one on a tie."""
-    best, best_error = largest, torch.full_like(largest, torch.inf, dtype=blocks.dtype)
+    """Of the candidate scales of each block the one of least squared error; the larger one on a tie.
+
+    Errors are those of x / largest, so that no square overflows or underflows.
+    """
+    units = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
+    best, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf, dtype=blocks.dtype)
     for fraction in FIT_CANDIDATES:
-        scales = largest * fraction
-        decoded = values[_nearest(blocks, scales, boundaries).int()] * scales.to(blocks.dtype).unsqueeze(-1)
-        residual = torch.where(inside, blocks - decoded, 0.0)
+        fractions = torch.full_like(largest, fraction)
+        residual = torch.where(inside, units - values[_nearest(units, fractions, boundaries).int()] * fraction, 0.0)
         error = _halving_sum(residual * residual)
         better = error < best_error
-        best, best_error = torch.where(better, scales, best), torch.where(better, error, best_error)
-    return best
+        best, best_error = torch.where(better, fractions, best), torch.where(better, error, best_error)
+    return best * largest
 
 
 def _halving_sum(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Independent oracles: 4-bit Shampoo in plain numpy float64, written from the equations alone.
 
-Source: Wang, Zhou, Li, Huang, "4-bit Memory-Efficient Shampoo", NeurIPS 2024, arXiv 2405.18144, called "the paper" below.
+Source: Wang, Zhou, Li, Huang, "4-bit Shampoo for Memory-Efficient Network Training", NeurIPS 2024, arXiv 2405.18144,
+called "the paper" below.
 Nothing here imports the library. Arithmetic is float64; what the paper stores in float32 (block scales, eigenvalues,
 the diagonal of the roots) is rounded to float32 when it is stored. Code tables are float64 values.
 """

@@ -1,40 +1,33 @@
 """A second-order optimizer is a preconditioner in front of a first-order optimizer, both over the same param groups."""
 
 import difflib
-import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_optim.optimizers.settings import base_class, check_base_keywords, check_group, plain_quantization
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_form
-from lowbit_optim.storage import Quantization
-from lowbit_optim.storage.budget import BITS
 
 logger = logging.getLogger("lowbit_optim")
 
-BASES: dict[str, type[Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
-}
 _BASE = "base."
 
+# What a checkpoint must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
+_STORED = ("bits", "storage", "quantization", "layout")
+# Of the base's state, what has the parameter's shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
-def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
-    """The optimizer class that ``base`` names or is."""
-    if isinstance(base, str) and base in BASES:
-        return BASES[base]
-    if isinstance(base, type) and issubclass(base, Optimizer):
-        return base
-    raise ValueError(
-        f"base is {base!r}; it must be one of {', '.join(map(repr, BASES))} or a subclass of torch.optim.Optimizer"
-    )
+_TROUBLES = (
+    "%d gradient blocks were not finite and were replaced by zeros; state[p]['nonfinite'] counts them. "
+    "This is said once.",
+    "%d matrix decompositions failed and the last good factors were kept; state[p]['left.failures'] and "
+    "'right.failures' count them. This is said once.",
+)
 
 
 class SecondOrder(Optimizer):
@@ -55,15 +48,17 @@ class SecondOrder(Optimizer):
         base_kwargs: dict[str, Any],
     ) -> None:
         base_type = base_class(base)
-        _check_base_kwargs(type(self), base_type, base_kwargs, settings)
+        check_base_keywords(type(self).__name__, base_type, base_kwargs, settings)
         self.base: Optimizer | None = None
         self.preconditioner = self.preconditioner_class()
-        self._warned = False
+        self._warned = [False for _ in _TROUBLES]
         self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
         super().__init__(params, {**settings, **base_kwargs})
         # The base fills in its own defaults in the very same group dicts.
         self.base = base_type(self.param_groups, **{"lr": settings["lr"], **base_kwargs})
         self.defaults.update({k: v for k, v in self.base.defaults.items() if k not in self.defaults})
+        for group in self.param_groups:  # once more, now that the base's keywords are known
+            self._refuse_misspelt(group)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; every keyword of the constructor may be set in it.
@@ -72,13 +67,10 @@ class SecondOrder(Optimizer):
             ValueError: a setting or a combination of settings that cannot be; the optimizer is left as it was.
             TypeError: complex parameters, or a key that looks like a misspelt keyword.
         """
-        for key in param_group.keys() - self.defaults.keys() - {"params", "param_names"}:
-            for meant in difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.85):
-                raise TypeError(f"param group has the unknown key {key!r}; did you mean {meant!r}?")
+        self._refuse_misspelt(param_group)
         group = {**self.defaults, **param_group}
         check_group(group)
-        if isinstance(group["quantization"], Quantization):  # a plain tuple: torch.load(weights_only=True) must take it
-            param_group["quantization"] = astuple(group["quantization"])
+        param_group["quantization"] = plain_quantization(group["quantization"])
         count = len(self.param_groups)
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -153,6 +145,9 @@ class SecondOrder(Optimizer):
                 lacks = ", ".join(sorted(missing))
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
             check_group(saved)
+            for key in _STORED:
+                if plain_quantization(saved[key]) != plain_quantization(group[key]):
+                    raise ValueError(f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}")
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(index)
                 if state:
@@ -164,10 +159,18 @@ class SecondOrder(Optimizer):
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
         """
+        # As the last of the pre hooks, for the user's may change the state dict.
+        seal = self.register_load_state_dict_pre_hook(lambda _, given: self._sealed(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            seal.remove()
+
+    def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
         self.check_state_dict(state_dict)
-        # torch casts the state of floating parameters to their dtype, codes and all; what it does not know it leaves.
         sealed = {index: {k: _Sealed(v) for k, v in own.items()} for index, own in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": sealed})
+        return {**state_dict, "state": sealed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -183,9 +186,14 @@ class SecondOrder(Optimizer):
         return super().__getstate__() | {
             "base": self.base,
             "preconditioner": self.preconditioner,
-            "_warned": self._warned,
+            "_warned": list(self._warned),
             "_pending": [],
         }
+
+    def _refuse_misspelt(self, group: Group) -> None:
+        for key in group.keys() - self.defaults.keys() - {"params", "param_names"}:
+            for meant in difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.85):
+                raise TypeError(f"param group has the unknown key {key!r}; did you mean {meant!r}?")
 
     def _parameters(self) -> list[tuple[Tensor, Group]]:
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
@@ -195,8 +203,9 @@ class SecondOrder(Optimizer):
             if only_with_gradient and parameter.grad is None:
                 continue
             own = self.state[parameter]
-            if "step" not in own:
-                own.update(self.preconditioner.init_state(parameter, group))
+            wanted = self.preconditioner.blocking(parameter, group) is not None
+            if "step" not in own or (wanted and "left.failures" not in own):  # a group may ask for it later
+                own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
                 self.state[parameter] = {k: _to(v, _home(k, v, parameter, group)) for k, v in own.items()}
 
@@ -214,6 +223,10 @@ class SecondOrder(Optimizer):
             if not isinstance(got, Tensor) or got.shape != tensor.shape or got.dtype != tensor.dtype:
                 got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
                 raise ValueError(f"{where}: {key} is {got}; it must be {tensor.dtype} {list(tensor.shape)}")
+        for key in _MOMENTS:
+            moment = state.get(_BASE + key)
+            if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+                raise ValueError(f"{where}: {_BASE}{key} is of shape {tuple(moment.shape)}")
 
     def _step_base(self) -> None:
         """The base's step, without its hooks: this optimizer's own step has fired the global ones already."""
@@ -233,30 +246,23 @@ class SecondOrder(Optimizer):
         self.base.state = defaultdict(dict)
 
     def _watch(self, troubles: Tensor | None) -> None:
-        """Warn once when something was guarded against. On CUDA the counts are looked at when they have arrived."""
-        if troubles is None or self._warned:
+        """Warn once of each trouble. On CUDA the counts are looked at when they have arrived."""
+        if troubles is None or all(self._warned):
             return
+        arrived = [troubles]
         if troubles.is_cuda:
-            host = troubles.to("cpu", non_blocking=True)
+            host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(troubles, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending.append((host, event))
-        arrived = [host for host, event in self._pending if event.query()] if troubles.is_cuda else [troubles]
-        self._pending = [(host, event) for host, event in self._pending if not event.query()]
-        nonfinite, failed = (sum(int(t[i]) for t in arrived) for i in (0, 1))
-        if nonfinite:
-            logger.warning(
-                "%d gradient blocks were not finite and were replaced by zeros; state[p]['nonfinite'] counts them. "
-                "This is said once.",
-                nonfinite,
-            )
-        if failed:
-            logger.warning(
-                "%d matrix decompositions failed and the last good factors were kept; state[p]['left.failures'] and "
-                "'right.failures' count them. This is said once.",
-                failed,
-            )
-        self._warned = bool(nonfinite or failed)
+            arrived = []
+            while self._pending and self._pending[0][1].query():
+                arrived.append(self._pending.pop(0)[0])
+        for i, message in enumerate(_TROUBLES):
+            count = sum(int(t[i]) for t in arrived)
+            if count and not self._warned[i]:
+                logger.warning(message, count)
+                self._warned[i] = True
 
 
 class _Sealed:
@@ -278,65 +284,3 @@ def _home(key: str, value: Any, parameter: Tensor, group: Group) -> torch.device
     """Where a state tensor belongs: with its parameter; step counters on the CPU unless the base wants otherwise."""
     on_cpu = key == "step" or (key == "base.step" and not (group.get("capturable") or group.get("fused")))
     return torch.device("cpu") if on_cpu and isinstance(value, Tensor) and value.dim() == 0 else parameter.device
-
-
-def _check_base_kwargs(
-    optimizer: type[Optimizer], base: type[Optimizer], kwargs: dict[str, Any], settings: dict[str, Any]
-) -> None:
-    known = inspect.signature(base).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        return
-    unknown = kwargs.keys() - known.keys()
-    if unknown:
-        raise TypeError(
-            f"{optimizer.__name__} got the unknown keyword {', '.join(map(repr, sorted(unknown)))}. "
-            f"It knows base, {', '.join(sorted(settings))}. "
-            f"Its base {base.__name__} knows {', '.join(k for k in known if k != 'params')}"
-        )
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group's settings, or two of them together, cannot be."""
-
-    def need(key: str, rule: str, ok: bool) -> None:
-        if not ok:
-            raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
-
-    for key in (
-        "max_preconditioner_dim",
-        "statistics_frequency",
-        "start_preconditioning_step",
-        "root_power",
-        "workspace",
-    ):
-        need(key, "a positive integer", _is_int(group[key]) and group[key] >= 1)
-    for key in ("min_quant_size", "rectify_update", "rectify_root", "orthogonal_iterations"):
-        least = 1 if key == "orthogonal_iterations" else 0
-        need(key, f"an integer of at least {least}", _is_int(group[key]) and group[key] >= least)
-    refresh = group["precondition_frequency"]
-    need("precondition_frequency", "None or a positive integer", refresh is None or (_is_int(refresh) and refresh >= 1))
-    need("shampoo_beta", "in [0, 1)", 0 <= group["shampoo_beta"] < 1)
-    need("matrix_eps", "in (0, 1)", 0 < group["matrix_eps"] < 1)
-    need("initial_scale", "at least 0", group["initial_scale"] >= 0)
-    need("statistic_limit", "above 0", group["statistic_limit"] > 0)
-    need("bits", f"one of {', '.join(map(str, BITS))}", group["bits"] in BITS)
-    for key in ("graft", "precondition"):
-        need(key, "True or False", isinstance(group[key], bool))
-    if isinstance(group["quantization"], (tuple, list)):
-        Quantization(*group["quantization"])
-    else:
-        need("quantization", "a Quantization or None", isinstance(group["quantization"], (Quantization, type(None))))
-    plain = {**group, "quantization": _plain(group["quantization"])}
-    if group_form(plain, 64).one_period and refresh not in (None, group["statistics_frequency"]):
-        raise ValueError(
-            f"precondition_frequency is {refresh}, but storage 'root' has one period, statistics_frequency "
-            f"({group['statistics_frequency']}): leave precondition_frequency out"
-        )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _plain(quantization: Any) -> Any:
-    return astuple(quantization) if isinstance(quantization, Quantization) else quantization

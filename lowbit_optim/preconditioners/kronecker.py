@@ -196,9 +196,9 @@ class KroneckerPreconditioner(ABC):
         good = torch.isfinite(magnitude)
         bad = torch.zeros(len(states), dtype=torch.int64, device=owner.device).index_add_(0, owner, (~good).long())
         torch._foreach_add_([state["nonfinite"] for state in states], list(bad.unbind()))
-        # Each parameter's largest magnitude is taken out, so that squares neither overflow nor underflow.
-        largest = magnitude.new_zeros(len(states)).scatter_reduce_(0, owner, magnitude.where(good, 0.0), "amax")
-        magnitude = torch.where(largest > 0, largest, 1.0)[owner]
+        # Each parameter's largest magnitude is taken out, so that squares neither overflow nor underflow; not below a
+        # floor, so that inverse roots of subnormal gradients times their gradient do not overflow.
+        magnitude = _largest(magnitude.where(good, 0.0), owner, len(states)).clamp(min=1e-30)
         gradient = torch.where(_each(good), blocks / _each(magnitude), 0.0)
 
         failed = torch.zeros_like(bad[0])
@@ -214,11 +214,13 @@ class KroneckerPreconditioner(ABC):
             result = torch.where(_each(good), blocks, 0.0)
         else:
             if bucket.graft:
+                result /= _each(_largest(result.abs().amax((1, 2)), owner, len(states)))
                 before, after = (_norms(x, tuple(stack.counts)) for x in (gradient, result))
                 magnitude = magnitude * torch.where(after > 0, before / after, 0.0)[owner]
-            result *= _each(magnitude)
+            result *= _each(magnitude.clamp(max=torch.finfo(bucket.dtype).max))
         for g, cut, own in zip(gradients, cuts, result.split(stack.counts), strict=True):
-            g.copy_(cut.merge(own))
+            limit = torch.finfo(g.dtype).max  # a number that the norm of all of them has made too large stays finite
+            g.copy_(cut.merge(own.clamp_(-limit, limit)))
         return torch.stack([bad.sum(), failed])
 
     def _update(
@@ -259,6 +261,12 @@ def _guard(gradient: Tensor, state: dict[str, Any]) -> Tensor:
 def _each(x: Tensor) -> Tensor:
     """[k] to [k, 1, 1], to scale blocks with."""
     return x[:, None, None]
+
+
+def _largest(magnitude: Tensor, owner: Tensor, count: int) -> Tensor:
+    """From the largest magnitude of each block that of its whole parameter, [k]; 1 where that is zero."""
+    largest = magnitude.new_zeros(count).scatter_reduce_(0, owner, magnitude, "amax")
+    return torch.where(largest > 0, largest, 1.0)[owner]
 
 
 def _norms(blocks: Tensor, counts: tuple[int, ...]) -> Tensor:

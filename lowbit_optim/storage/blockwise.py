@@ -133,5 +133,4 @@ def decode_tensor(parts: Parts, codec: Codec, shape: torch.Size, dtype: torch.dt
 
 def _rows(shape: torch.Size) -> tuple[int, int]:
     """Rows and their length in the (first dim, rest) view; sharding the first dim never changes a row."""
-    count = shape[0] if shape else 1
-    return count, shape.numel() // count if count else 0
+    return (shape[0], shape[1:].numel()) if shape else (1, 1)

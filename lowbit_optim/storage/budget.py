@@ -14,21 +14,21 @@ from lowbit_optim.storage.symmetric import Symmetric
 
 STORAGES: dict[str, type[Factor]] = {"dense": Dense, "direct": Direct, "eigen": Eigen, "root": Root}
 
-# The tables of least error on normal numbers; at 8 bits that is the evenly spaced one.
+# Of the tables with a zero, which dead units need, those of least error. From 6 bits on fitting gains little.
 _TRIANGLE: dict[float, Codec] = {
     16: torch.float32,
     8: torch.bfloat16,
-    4: Quantization(8, "linear", 64, double=True, scale="fitted"),
-    3: Quantization(6, "lloyd-max", 64, double=True, scale="fitted"),
-    2: Quantization(4, "lloyd-max", 64, double=True, scale="fitted"),
-    1.5: Quantization(3, "lloyd-max", 64, double=True, scale="fitted"),
-    1: Quantization(2, "lloyd-max", 64, double=True, scale="fitted"),
+    4: Quantization(8, "linear", 64, double=True),
+    3: Quantization(6, "linear", 64, double=True),
+    2: Quantization(4, "nf", 64, double=True, scale="fitted"),
+    1.5: Quantization(3, "nf", 64, double=True, scale="fitted"),
+    1: Quantization(2, "nf", 64, double=True, scale="fitted"),
 }
 _SQUARE: dict[float, Codec] = {
     16: torch.bfloat16,
-    8: Quantization(8, "linear", 64, double=True, scale="fitted"),
-    4: Quantization(4, "lloyd-max", 64, double=True, scale="fitted"),
-    3: Quantization(3, "lloyd-max", 64, double=True, scale="fitted"),
+    8: Quantization(8, "linear", 64, double=True),
+    4: Quantization(4, "nf", 64, double=True, scale="fitted"),
+    3: Quantization(3, "nf", 64, double=True, scale="fitted"),
 }
 BITS = (32, *_TRIANGLE)
 

@@ -74,7 +74,7 @@ class Factor(ABC):
 
     @abstractmethod
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """The state before the first update, whose root is the identity; computation will be in ``dtype``."""
+        """The state before the first update, whose root is a multiple of I; computation will be in ``dtype``."""
 
     def describe(self) -> dict[str, Any]:
         """The form and its settings as JSON-able values."""
@@ -123,10 +123,16 @@ class Factor(ABC):
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _keep_good(state: State, changed: State, ok: Tensor) -> State:
+    # The forms judge their numbers before they are rounded; float64 may overflow the float32 that is kept.
+    for part in changed.values():
+        if part.is_floating_point():
+            ok = ok & torch.isfinite(part).reshape(len(ok), -1).all(1)
     kept = {name: torch.where(_each(ok, new), new, state[name]) for name, new in changed.items()}
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 

@@ -57,7 +57,7 @@ class Symmetric:
         diagonal = parts["diagonal"].to(dtype)
         k, n = diagonal.shape
         if self.layout == "square":
-            return decode(parts, self.codec, n, dtype) + torch.diag_embed(diagonal)
+            return decode(parts, self.codec, n, dtype).diagonal_scatter(diagonal, dim1=-2, dim2=-1)
         rest = decode(parts, self.codec, n * (n - 1) // 2, dtype)
         x = rest.new_zeros(k, n * n).index_copy_(1, _lower(n, rest.device), rest).unflatten(1, (n, n))
         return x + x.mT + torch.diag_embed(diagonal)

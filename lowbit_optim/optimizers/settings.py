@@ -1,0 +1,109 @@
+"""What the keywords of a second-order optimizer may be."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lowbit_optim.preconditioners.kronecker import group_form
+from lowbit_optim.storage import Quantization
+from lowbit_optim.storage.budget import BITS
+
+BASES: dict[str, type[Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+def _integer(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and accepts(value)
+
+
+def _boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_POSITIVE = ("a positive integer", _integer(1))
+_NATURAL = ("an integer of at least 0", _integer(0))
+_SWITCH = ("True or False", _boolean)
+
+# keyword: (the rule in words, the rule)
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "bits": (f"one of {', '.join(map(str, BITS))}", _number(lambda x: x in BITS)),
+    "quantization": ("a Quantization or None", lambda x: x is None or isinstance(x, (Quantization, tuple, list))),
+    "precondition": _SWITCH,
+    "max_preconditioner_dim": _POSITIVE,
+    "min_quant_size": _NATURAL,
+    "statistics_frequency": _POSITIVE,
+    "precondition_frequency": ("None or a positive integer", lambda x: x is None or _integer(1)(x)),
+    "start_preconditioning_step": _POSITIVE,
+    "shampoo_beta": ("in [0, 1)", _number(lambda x: 0 <= x < 1)),
+    "matrix_eps": ("in (0, 1)", _number(lambda x: 0 < x < 1)),
+    "initial_scale": ("at least 0 and finite", _number(lambda x: 0 <= x < math.inf)),
+    "statistic_limit": ("above 0", _number(lambda x: x > 0)),
+    "root_power": _POSITIVE,
+    "rectify_update": _NATURAL,
+    "rectify_root": _NATURAL,
+    "orthogonal_iterations": _POSITIVE,
+    "graft": _SWITCH,
+    "workspace": _POSITIVE,
+}
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a group's settings, or two of them together, cannot be."""
+    for key, (rule, holds) in _RULES.items():
+        if not holds(group[key]):
+            raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
+    plain = {**group, "quantization": plain_quantization(group["quantization"])}
+    refresh = group["precondition_frequency"]
+    # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.
+    if group_form(plain, 64).one_period and refresh not in (None, group["statistics_frequency"]):
+        raise ValueError(
+            f"precondition_frequency is {refresh}, but storage 'root' has one period, statistics_frequency "
+            f"({group['statistics_frequency']}): leave precondition_frequency out"
+        )
+
+
+def plain_quantization(value: Any) -> Any:
+    """A ``Quantization`` as the tuple that param groups hold (``torch.load(weights_only=True)`` takes no class)."""
+    if isinstance(value, Quantization):
+        return astuple(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
+    """The optimizer class that ``base`` names or is; ValueError if it is neither."""
+    if isinstance(base, str) and base in BASES:
+        return BASES[base]
+    if isinstance(base, type) and issubclass(base, Optimizer) and base is not torch.optim.LBFGS:
+        return base
+    raise ValueError(
+        f"base is {base!r}; it must be one of {', '.join(map(repr, BASES))} or a subclass of torch.optim.Optimizer "
+        "that steps without a closure"
+    )
+
+
+def check_base_keywords(
+    optimizer: str, base: type[Optimizer], keywords: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Raise TypeError if the base does not know one of the keywords that the optimizer does not know either."""
+    known = inspect.signature(base).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return
+    unknown = keywords.keys() - known.keys()
+    if unknown:
+        raise TypeError(
+            f"{optimizer} got the unknown keyword {', '.join(map(repr, sorted(unknown)))}. "
+            f"It knows base, {', '.join(sorted(settings))}. "
+            f"Its base {base.__name__} knows {', '.join(k for k in known if k != 'params')}"
+        )

@@ -1,0 +1,13 @@
+"""Settings of every test run."""
+
+import os
+
+import hypothesis
+import torch
+
+hypothesis.settings.register_profile("local", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Test matrices are small: more threads only wait for each other.
+torch.set_num_threads(1)

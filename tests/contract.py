@@ -1,0 +1,123 @@
+"""What the optimizer tests share: the optimizers that must keep the contract, a small model, comparisons of bits.
+
+A new optimizer joins the contract by one entry in ``OPTIMIZERS``.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit_optim import Shampoo, presets
+
+# Factors of order 16 and more are quantized, so that small models have codes in their state.
+small = {"lr": 0.01, "statistics_frequency": 2, "min_quant_size": 256}
+sgd = {"base": "sgd", "momentum": 0.9}
+
+OPTIMIZERS = {
+    "shampoo": partial(Shampoo, **small),
+    "shampoo-sgd": partial(Shampoo, **small, **sgd, nesterov=True),
+    "shampoo-2-bits": partial(Shampoo, **small, bits=2),
+    "shampoo-blocks": partial(Shampoo, **small, base="adagrad", max_preconditioner_dim=20, workspace=10_000),
+    "shampoo-32-bits": partial(Shampoo, **small, bits=32, precondition_frequency=3),
+    "shampoo-direct": partial(Shampoo, **small, **sgd, storage="direct", precondition_frequency=2),
+    "shampoo-eigen": partial(Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1),
+}
+
+
+def shampoo(parameters, **settings):
+    """A Shampoo for the small model."""
+    return Shampoo(parameters, **{**small, **settings})
+
+
+each_optimizer = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OPTIMIZERS.items()])
+each_quickly = pytest.mark.parametrize("make", [OPTIMIZERS["shampoo"], OPTIMIZERS["shampoo-eigen"]], ids=["4", "eigen"])
+
+
+class Net(nn.Module):
+    """A convolution, matrices and vectors; every parameter has a shape of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.norm = nn.LayerNorm(64)
+        self.hidden = nn.Linear(64, 36, bias=False)
+        self.head = nn.Linear(36, 5)
+
+    def forward(self, images):
+        return self.head(torch.tanh(self.hidden(self.norm(self.conv(images).flatten(1)))))
+
+
+def net(dtype=torch.float32, seed=0):
+    """The same model for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().to(dtype)
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    """Normal numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def loss_of(model, step):
+    """The loss of a model on the batch of a step."""
+    dtype = model.head.weight.dtype
+    target = torch.arange(12) % 5
+    return nn.functional.cross_entropy(model(random(12, 3, 4, 4, seed=step, dtype=dtype)).float(), target)
+
+
+def backward(model, step):
+    """The gradients of a step, in the place of the last."""
+    model.zero_grad()
+    loss_of(model, step).backward()
+
+
+def train(model, optimizer, steps):
+    """Optimizer steps on the batches of ``steps``, a range."""
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+
+
+def run(make, steps=6, model=None):
+    """(model, optimizer) after so many steps."""
+    model = net() if model is None else model
+    optimizer = make(model.parameters())
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def same(one, other):
+    """The same types, keys, shapes, dtypes and bits, all the way down."""
+    if isinstance(one, torch.Tensor):
+        bits = [x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (one, other)]
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def same_models(one, other):
+    """Whether two models have the same parameters, to the last bit."""
+    return same(list(one.parameters()), list(other.parameters()))
+
+
+def tensors(optimizer):
+    """Every tensor of an optimizer's state."""
+    return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, torch.Tensor)]
+
+
+def copies(optimizer):
+    """What an optimizer holds, in copies: parameters, groups, state."""
+    groups = [{**group, "params": [p.detach().clone() for p in group["params"]]} for group in optimizer.param_groups]
+    state = [
+        {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in optimizer.state[p].items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in optimizer.state
+    ]
+    return {"groups": groups, "state": state}

@@ -1,0 +1,123 @@
+"""A second-order optimizer over its base: any first-order optimizer, its options, its state, its hooks."""
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lowbit_optim import Shampoo
+from tests.contract import each_optimizer, net, run, same, same_models, shampoo, tensors, train
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "Adamax",
+        "AdamW",
+        "ASGD",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+    ],
+)
+def test_any_torch_optimizer_as_base(name):
+    base = getattr(torch.optim, name)
+    mine, theirs = net(), net()
+    train(mine, Shampoo(mine.parameters(), lr=0.01, base=base, precondition=False), range(5))
+    train(theirs, base(theirs.parameters(), lr=0.01), range(5))
+    assert same_models(mine, theirs)
+    model, optimizer = run(lambda parameters: shampoo(parameters, base=base), 5)
+    assert not same_models(model, mine)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert {"step", "nonfinite", "left.rms", "right.root.codes"} <= optimizer.state[model.conv.weight].keys()
+
+
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"foreach": False}, {"amsgrad": True}], ids=str
+)
+def test_options_of_the_base(options):
+    mine, theirs = net(), net()
+    train(mine, Shampoo(mine.parameters(), lr=0.01, precondition=False, **options), range(5))
+    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01, **options), range(5))
+    assert same_models(mine, theirs)
+
+
+class Careful(torch.optim.SGD):
+    """As many optimizers do: whoever has no state yet is new."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if len(self.state[p]) == 0:
+                        self.state[p].update(first=p.detach().clone(), seen=0)
+                    assert self.state[p].keys() == {"first", "seen"}
+                    self.state[p]["seen"] += 1
+                    p.detach().sub_(p.grad, alpha=float(group["lr"]))
+
+
+class Child(torch.optim.Adam):
+    """Without a step of its own."""
+
+
+def test_a_base_with_state_of_its_own():
+    model, start = net(), net()
+    optimizer = shampoo(model.parameters(), base=Careful)
+    train(model, optimizer, range(4))
+    for parameter, first in zip(model.parameters(), start.parameters(), strict=True):
+        own = optimizer.state[parameter]
+        assert (own["base.seen"], own["step"]) == (4, 4)
+        assert same(own["base.first"], first.detach())
+    assert same_models(run(lambda p: shampoo(p, base=Child))[0], run(lambda p: shampoo(p, base=torch.optim.Adam))[0])
+
+
+@each_optimizer
+def test_state_shows_every_key(make):
+    """Tools that rebuild a state dict ask state[p] for its keys."""
+    _, optimizer = run(make, 3)
+    for parameter, own in optimizer.state.items():
+        assert {"step", "nonfinite"} < own.keys()
+        assert any(key.startswith("base.") for key in own)
+        assert all(isinstance(key, str) for key in own)
+        values = [value for value in own.values() if value is not None]
+        assert all(isinstance(value, torch.Tensor | int | float | bool) for value in values)
+        assert all(type(tensor) is torch.Tensor for tensor in tensors(optimizer))
+        assert parameter.shape in {value.shape for key, value in own.items() if key.startswith("base.")}
+
+
+@each_optimizer
+def test_step_hooks_fire_once(make):
+    model, fired = net(), []
+    optimizer = make(model.parameters())
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, *_: fired.append(("global pre", o))),
+        register_optimizer_step_post_hook(lambda o, *_: fired.append(("global post", o))),
+        optimizer.register_step_pre_hook(lambda o, *_: fired.append(("pre", o))),
+        optimizer.register_step_post_hook(lambda o, *_: fired.append(("post", o))),
+    ]
+    try:
+        train(model, optimizer, range(2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = [(name, optimizer) for name in ("global pre", "pre", "post", "global post")]
+    assert [(name, id(o)) for name, o in fired] == [(name, id(o)) for name, o in 2 * once]
+
+
+@each_optimizer
+def test_init_state_before_the_first_step(make):
+    model = net()
+    optimizer = make(model.parameters())
+    optimizer.init_state()
+    assert set(optimizer.state) == set(model.parameters())
+    keys = {p: {k for k in own if not k.startswith("base.")} for p, own in optimizer.state.items()}
+    optimizer.init_state()
+    train(model, optimizer, range(6))
+    optimizer.init_state()
+    assert {p: {k for k in own if not k.startswith("base.")} for p, own in optimizer.state.items()} == keys
+    assert same_models(model, run(make, 6)[0])
