@@ -27,7 +27,7 @@ demo: $(STAMP)
 # One thread in each worker: several OpenMP threads on busy cores are far slower than one.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # The link shows mypy kernels/ as lowbit_optim.kernels (see pyproject.toml).
 lint: $(STAMP)

@@ -3,8 +3,9 @@
 from importlib.metadata import version
 
 from lowbit_optim import presets
+from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.optimizers.shampoo import Shampoo
 from lowbit_optim.storage import Quantization
 
 __version__ = version("lowbit-optim")
-__all__ = ["Quantization", "Shampoo", "presets"]
+__all__ = ["CheckpointError", "Quantization", "Shampoo", "load_checkpoint", "presets", "save_checkpoint"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -100,13 +99,15 @@ def codec_metadata(optimizer: Any, names: dict[int, str]) -> dict[str, str]:
         for prefix, codec in prefixes.items()
     }
     tables: dict[str, dict[str, list[float]]] = {}
-    for codec in codecs.values():
-        if codec.get("codebook") is not None:
-            tables.setdefault(codec["codebook"], {})[str(codec["bits"])] = _table(codec["codebook"], codec["bits"])
+    for name, bits in {used for codec in codecs.values() for used in _codebooks(codec)}:
+        tables.setdefault(name, {})[str(bits)] = codebook(name, bits).tolist()
     return {"codecs": json.dumps(codecs), "codebooks": json.dumps(tables)}
 
 
-@cache
-def _table(name: str, bits: int) -> list[float]:
-    values: list[float] = codebook(name, bits).tolist()
-    return values
+def _codebooks(codec: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, bits) of every code table that a codec, or one within it, uses."""
+    if codec.get("codebook") is not None:
+        yield codec["codebook"], codec["bits"]
+    for part in codec.values():
+        if isinstance(part, dict):
+            yield from _codebooks(part)

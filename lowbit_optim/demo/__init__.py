@@ -1,0 +1,1 @@
+"""The demo: AdamW against Shampoo on low-bit state, and a resume in a fresh process."""
