@@ -1,0 +1,398 @@
+"""Do the low-bit forms of Shampoo train as the 32-bit one does? Four real tasks, every form, several seeds.
+
+The learning rate is tuned for AdamW and for 32-bit Shampoo, with seed 0, on a grid that grows where its best rate lies
+on an edge; every other form takes 32-bit Shampoo's. Then all train with the same seeds, 0 among them, and each is
+compared with 32-bit Shampoo seed by seed. A run that has ended is a line in results/convergence.jsonl, and is not run
+again.
+
+    python -m benchmarks.convergence --data DIR --jobs 2     # can be stopped and started again at any time
+    python -m benchmarks.convergence --summary               # the tables and the plot
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+import lowbit_optim
+from benchmarks import report, tasks
+from benchmarks.tasks import TASKS, MissingData
+from lowbit_optim import Quantization, Shampoo
+from lowbit_optim.presets import WANG2024
+
+EVERY_10 = {"statistics_frequency": 10, "precondition_frequency": 10}
+ROOT = {"storage": "root", "statistics_frequency": 10, "matrix_eps": 1e-6}
+NAIVE = {"storage": "direct", "quantization": Quantization(4, "linear-2"), "layout": "square"}
+
+# The keywords of each method; another form is another line here. None is AdamW alone.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "adamw": None,
+    "shampoo-32": {"bits": 32, "matrix_eps": 1e-6, **EVERY_10},
+    "wang2024": {**WANG2024, **EVERY_10},
+    "naive-4": {**NAIVE, "initial_scale": 1e-6, "statistic_limit": math.inf, "matrix_eps": 1e-6, **EVERY_10},
+    "root-4": {"bits": 4, **ROOT},
+    "root-3": {"bits": 3, **ROOT},
+    "root-2": {"bits": 2, **ROOT},
+    "root-1.5": {"bits": 1.5, **ROOT},
+    "root-1": {"bits": 1, **ROOT},
+}
+COMMON: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
+BASELINE, REFERENCE, PAPER = "adamw", "shampoo-32", "wang2024"
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+GRID = slice(2, 6)  # the rates that are always tried; those beside them, where the best lies on an edge
+SEEDS, SEEDS_IF_DEAR, DEAR = 5, 3, 60.0  # a run is dear if it costs more CPU seconds than this
+
+# What of the library takes no part in a training run.
+NOT_HASHED = ("checkpoint", "cli.py", "memory.py", "demo.py", "_demo_worker.py", "_demo_report.py", "__main__.py")
+
+Records = dict[str, dict[str, Any]]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Its learning rate is None while others that decide it have not ended."""
+
+    task: str
+    method: str
+    lr: float | None
+    seed: int
+    steps: int
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {**COMMON, **(METHODS[self.method] or {})}
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from every other run, as plain JSON."""
+        keywords = {name: report.plain(value) for name, value in sorted(self.keywords.items())}
+        return {**asdict(self), "keywords": keywords}
+
+    @property
+    def key(self) -> str:
+        return key(self.describe())
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        optimizer = AdamW if METHODS[self.method] is None else Shampoo
+        return optimizer(parameters, lr=self.lr, **self.keywords)
+
+
+def key(record: dict[str, Any]) -> str:
+    """The identity of a record."""
+    return json.dumps([record[name] for name in ("task", "method", "keywords", "lr", "seed", "steps")])
+
+
+@cache
+def code_hash(method: str) -> str:
+    """Of the source that decides a method's figures."""
+    files = [Path(tasks.__file__)]
+    if METHODS[method] is not None:
+        root = Path(lowbit_optim.__file__).parent
+        files += [file for file in root.rglob("*.py") if not {*file.relative_to(root).parts} & {*NOT_HASHED}]
+        files += Path(lowbit_optim.kernels.__file__).parent.rglob("*.py")
+    return report.source_hash(files)
+
+
+def is_stale(record: dict[str, Any]) -> bool:
+    """Whether the code has changed since."""
+    return record["method"] in METHODS and record["code"] != code_hash(record["method"])
+
+
+def loss(record: dict[str, Any]) -> float:
+    """The final validation loss; infinite if the run diverged."""
+    return math.inf if record["validation_loss"] is None else record["validation_loss"]
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which runs are wanted, in the order in which they are most useful, given what is known."""
+
+    tasks: list[str]
+    methods: list[str]
+    seeds: int | None = None
+    steps: int | None = None
+
+    def run(self, task: str, method: str, lr: float | None, seed: int) -> Run:
+        return Run(task, method, lr, seed, self.steps or TASKS[task].steps)
+
+    def tuning(self, known: Records, task: str, method: str) -> tuple[list[Run], float | None]:
+        """The runs that tune the rate of `method`, and the best rate if all of them are known."""
+        low, high = GRID.start, GRID.stop
+        while True:
+            runs = [self.run(task, method, lr, 0) for lr in RATES[low:high]]
+            if any(run.key not in known for run in runs):
+                return runs, None
+            losses = [loss(known[run.key]) for run in runs]
+            best = losses.index(min(losses))
+            if best == 0 and low > 0:
+                low -= 1
+            elif best == len(runs) - 1 and high < len(RATES):
+                high += 1
+            else:
+                return runs, runs[best].lr
+
+    def rate(self, known: Records, task: str, method: str) -> float | None:
+        return self.tuning(known, task, tuned_with(method))[1]
+
+    def result(self, known: Records, task: str, method: str) -> "Result":
+        """What is there of a method at its rate."""
+        rate = self.rate(known, task, method)
+        seeds = range(self.seeds) if self.seeds else sorted({record["seed"] for record in known.values()})
+        keys = [self.run(task, method, rate, seed).key for seed in seeds]
+        return Result(method, [known[name] for name in keys if name in known])
+
+    def seed_count(self, known: Records, task: str) -> int:
+        """As asked for; else by what 32-bit Shampoo's tuning cost."""
+        if self.seeds is not None:
+            return self.seeds
+        runs, rate = self.tuning(known, task, REFERENCE)
+        dear = rate is not None and fmean(known[run.key]["seconds"] for run in runs) > DEAR
+        return SEEDS_IF_DEAR if dear else SEEDS
+
+    def runs(self, known: Records) -> list[Run]:
+        """Rates first, then seed by seed over all methods."""
+        tuned = sorted({tuned_with(method) for method in self.methods})
+        wanted = [run for task in self.tasks for method in tuned for run in self.tuning(known, task, method)[0]]
+        counts = {task: self.seed_count(known, task) for task in self.tasks}
+        for seed in range(max(counts.values())):
+            for task in self.tasks:
+                if seed < counts[task]:
+                    wanted += [self.run(task, m, self.rate(known, task, m), seed) for m in self.methods]
+        return list(dict.fromkeys(wanted))
+
+
+def tuned_with(method: str) -> str:
+    """The method whose best rate it takes."""
+    return BASELINE if method == BASELINE else REFERENCE
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+_told: Any = None  # in a worker: the queue of (run, steps done)
+
+
+def start_worker(queue: Any) -> None:
+    global _told
+    _told = queue
+    torch.set_num_threads(1)
+
+
+def work(run: Run, folder: Path) -> dict[str, Any]:
+    """Train, in a worker."""
+    tell = (lambda step: _told.put((run.key, step))) if _told is not None else (lambda step: None)
+    return tasks.train(TASKS[run.task], run.make_optimizer, seed=run.seed, steps=run.steps, folder=folder, tell=tell)
+
+
+def execute(plan: Plan, known: Records, path: Path, folder: Path, jobs: int, until: float) -> int:
+    """Run what `plan` wants and is not known, `jobs` at a time, until the clock says so. Returns how many failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # two threads that share a busy core are far slower than one
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    code = {method: code_hash(method) for method in METHODS}  # as it is now that the workers load it
+    busy: dict[Future[dict[str, Any]], Run] = {}
+    failed: set[str] = set()
+
+    def next_run(runs: list[Run]) -> Run | None:
+        taken = failed | known.keys() | {run.key for run in busy.values()}
+        return next((run for run in runs if run.lr is not None and run.key not in taken), None)
+
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(queue,))
+    with pool, report.Bars() as bars:
+        while True:
+            runs = plan.runs(known)
+            while len(busy) < jobs and time.monotonic() < until and (run := next_run(runs)):
+                bars.start(run.key, f"{run.task} {run.method} {run.lr:g} seed {run.seed}", run.steps)
+                busy[pool.submit(work, run, folder)] = run
+            if not busy:
+                return len(failed)
+            ended, _ = wait(busy, timeout=0.5, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                bars.step(*queue.get())
+            for future in ended:
+                run = busy.pop(future)
+                if error := future.exception():
+                    failed.add(run.key)
+                    bars.end(run.key, f"failed: {type(error).__name__}: {error}")
+                    continue
+                record = {**run.describe(), **future.result(), "code": code[run.method], **report.environment()}
+                report.append_line(path, record)
+                known[run.key] = record
+                bars.end(run.key, f"loss {loss(record):.4f}, {record['seconds']:.1f} CPU s")
+            bars.count(sum(run.key in known for run in runs), len(runs))
+
+
+# ---- summary ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """The runs of one method on one task, at its rate."""
+
+    method: str
+    records: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """By seed, without the runs that diverged."""
+        return {r["seed"]: loss(r) for r in self.records if math.isfinite(loss(r))}
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.losses.values()) if self.losses else math.inf
+
+    @property
+    def family(self) -> int:
+        """For the plot: the baseline, the reference, others' forms, ours."""
+        return {BASELINE: 0, REFERENCE: 1}.get(self.method, 3 if self.method.startswith("root") else 2)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} ({self.bits:.1f} bits)" if self.bits else self.method
+
+    @property
+    def bits(self) -> float:
+        """Bits of all that factors keep, per element of their squares."""
+        return 8 * self.records[0]["preconditioner_bytes"] / self.records[0]["factor_elements"]
+
+    def minus(self, other: "Result") -> tuple[float, float]:
+        """The mean difference, seed by seed, and half its 95 % interval."""
+        seeds = self.losses.keys() & other.losses
+        return report.mean_and_error([self.losses[seed] - other.losses[seed] for seed in seeds])
+
+    def row(self, reference: "Result") -> dict[str, Any]:
+        """Of the table."""
+        n, diverged = len(self.losses), len(self.records) - len(self.losses)
+        difference, error = self.minus(reference)
+        return {
+            "method": self.method,
+            "bits": f"{self.bits:.2f}" if self.bits else None,
+            "rate": f"{self.records[0]['lr']:g}",
+            "mean loss": f"{self.mean:.4f}",
+            "sd": f"{stdev(self.losses.values()):.4f}" if n > 1 else None,
+            "n": f"{n}" + f" ({diverged} diverged)" * (diverged > 0),
+            f"minus {reference.method}": f"{difference:+.4f} ± {error:.4f}" if self is not reference else None,
+            "CPU s": f"{fmean(r['seconds'] for r in self.records):.1f}",
+            "factor bytes": f"{self.records[0]['preconditioner_bytes']:,}",
+        }
+
+    def verdict(self, reference: "Result", quarter: float, paper: "Result") -> dict[str, bool]:
+        """Each condition on a form, in words, and whether it holds. A form that diverged once holds none."""
+        sound = len(self.losses) == len(self.records)
+        bound = sum(self.minus(reference))
+        verdict = {f"upper bound {bound:+.4f} <= {quarter:.4f}": sound and bound <= quarter}
+        if paper.losses and self.method != PAPER:
+            more, error = self.minus(paper)
+            verdict[f"minus {PAPER} {more:+.4f} ± {error:.4f} <= 0"] = sound and more <= 0
+        return verdict
+
+
+def summarize(plan: Plan, known: Records, image: Path) -> None:
+    """Print tables and verdicts, and draw the plot."""
+    from benchmarks.plots import Dots, Panel, dot_plots  # matplotlib takes a second to import
+
+    panels: list[Panel] = []
+    holds: dict[str, dict[str, list[bool]]] = {}  # method -> task -> whether each condition holds
+    for task in plan.tasks:
+        print(f"\n{TASKS[task].title}: loss with seed 0 at each rate tried")
+        for method in (BASELINE, REFERENCE):
+            runs = [run for run in plan.tuning(known, task, method)[0] if run.key in known]
+            print(f"  {method}: " + (", ".join(f"{run.lr:g} -> {loss(known[run.key]):.4f}" for run in runs) or "none"))
+        results = {method: plan.result(known, task, method) for method in METHODS}
+        baseline, reference, paper = results[BASELINE], results[REFERENCE], results[PAPER]
+        if not (baseline.losses and reference.losses):
+            print("  nothing to compare without runs of both at their best rates")
+            continue
+        shown = [results[method] for method in plan.methods if results[method].records]
+        note = "bits: all that factors keep, per element of their squares; ±: half a 95 % interval, paired by seed"
+        report.show(TASKS[task].title, [result.row(reference) for result in shown], note)
+        gain, error = baseline.minus(reference)
+        print(f"gain of {REFERENCE} over tuned {BASELINE}: {gain:+.4f} ± {error:.4f}; a quarter of it: {gain / 4:+.4f}")
+        for result in shown:
+            if result.method not in (BASELINE, REFERENCE):
+                verdict = result.verdict(reference, gain / 4, paper)
+                holds.setdefault(result.method, {})[task] = list(verdict.values())
+                print(f"  {result.method}: " + "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in verdict.items()))
+        band = (reference.mean, reference.mean + gain / 4) if gain > 0 else None
+        panels.append(Panel(TASKS[task].title, [Dots(r.label, list(r.losses.values()), r.family) for r in shown], band))
+
+    print(f"\nTasks, of {len(panels)}, on which the upper bound / the mean against {PAPER} is not shown to pass:")
+    for method, by_task in holds.items():
+        fails = [[task for task, held in by_task.items() if held[i : i + 1] != [True]] for i in range(2)]
+        print(f"  {method}: " + " / ".join(", ".join(names) or "none" for names in fails[: 1 + (method != PAPER)]))
+    wanted = plan.runs(known)
+    missing = sum(run.key not in known for run in wanted)
+    stale = sum(is_stale(known[run.key]) for run in wanted if run.key in known)
+    print(f"{missing} runs are missing, {stale} were made with other code.")
+    if panels:
+        note = "Dots: runs. Bars: mean and standard deviation. Band: what is within a quarter of 32-bit Shampoo's gain."
+        dot_plots(panels, image, "final validation loss", note)
+        print(f"drawn in {image}")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--seeds", type=int, help=f"how many (default {SEEDS}, {SEEDS_IF_DEAR} where a run takes over a minute)")
+    add("--steps", type=int, help="of every run, to try something out (default: the task's)")
+    add("--jobs", type=int, default=1, help="processes, of one thread each (default 1)")
+    add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="start no more runs after that")
+    add("--fresh", action="store_true", help="run again what was run with other code")
+    add("--summary", action="store_true", help="run nothing; print and plot what is there")
+    add("--data", type=Path, default=tasks.default_folder(), help=f"folder (default ${tasks.DATA_VARIABLE} or ./data)")
+    add("--results", type=Path, default=report.RESULTS / "convergence.jsonl", help="file of the records")
+    args = parser.parse_args()
+    plan = Plan(args.tasks, args.methods, args.seeds, args.steps)
+    known = {key(record): record for record in report.read_lines(args.results)}  # the last of each key
+    if args.summary:
+        summarize(plan, known, args.results.with_suffix(".png"))
+        return 0
+
+    if stale := [run for run in plan.runs(known) if run.key in known and is_stale(known[run.key])]:
+        what = "they are run again" if args.fresh else "they are kept; --fresh runs them again"
+        print(f"{len(stale)} of the runs that are there were made with other code: {what}")
+    if args.fresh:
+        known = {name: record for name, record in known.items() if not is_stale(record)}
+    try:
+        for task in args.tasks:
+            TASKS[task].data(args.data)
+    except MissingData as missing:
+        print(missing, file=sys.stderr)
+        return 2
+    until = time.monotonic() + 60 * args.time_limit
+    try:
+        failed = execute(plan, known, args.results, args.data, args.jobs, until)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    left = sum(run.key not in known for run in plan.runs(known))
+    print(f"{failed} runs failed, {left} are left; --summary shows what is there")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The benchmarks' plots."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+FAMILIES = ("#777777", "#000000", "#D55E00", "#0072B2")
+BAND = "#009E73"
+
+
+@dataclass
+class Dots:
+    """One method: a dot for each run, and their mean and standard deviation, in the colour of its family."""
+
+    label: str
+    losses: list[float]
+    family: int
+
+
+@dataclass
+class Panel:
+    """One task: its methods from top to bottom, and the losses from which to which counts as equal."""
+
+    title: str
+    rows: list[Dots]
+    band: tuple[float, float] | None
+
+
+def dot_plots(panels: list[Panel], path: Path, axis: str, note: str) -> None:
+    """Draw the panels, two in a row, into a PNG."""
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, min(2, len(panels)), figsize=(11, 0.6 + 3.4 * lines), squeeze=False, dpi=130)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        if panel.band is not None:
+            ax.axvspan(*panel.band, color=BAND, alpha=0.18, linewidth=0)
+            ax.axvline(panel.band[0], color=FAMILIES[1], linewidth=0.8, linestyle=":")
+        for y, row in enumerate(panel.rows):
+            if not row.losses:
+                continue
+            color = FAMILIES[row.family]
+            ax.plot(row.losses, [y] * len(row.losses), "o", color=color, alpha=0.45, markersize=5, markeredgewidth=0)
+            spread = stdev(row.losses) if len(row.losses) > 1 else 0.0
+            ax.errorbar(fmean(row.losses), y, xerr=spread, fmt="|", color=color, markersize=15, capsize=3)
+        ax.set_yticks(range(len(panel.rows)), [row.label for row in panel.rows])
+        ax.set_ylim(len(panel.rows) - 0.5, -0.5)
+        ax.set_title(panel.title, loc="left", fontsize=11)
+        ax.set_xlabel(axis)
+        ax.grid(axis="x", alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.text(0.01, 0.006, note, fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
