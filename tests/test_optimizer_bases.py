@@ -1,5 +1,8 @@
 """A second-order optimizer over its base: any first-order optimizer, its options, its state, its hooks."""
 
+import io
+import warnings
+
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -35,6 +38,31 @@ def test_any_torch_optimizer_as_base(name):
     assert not same_models(model, mine)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert {"step", "nonfinite", "left.rms", "right.root.codes"} <= optimizer.state[model.conv.weight].keys()
+
+
+def test_bitsandbytes_as_base():
+    """8-bit moments under 4-bit factors, saved without pickled objects and resumed bit for bit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def make(parameters):
+        return shampoo(parameters, base=bitsandbytes.optim.AdamW8bit, min_8bit_size=256, weight_decay=0.1)
+
+    model, optimizer = run(make, 4)
+    assert optimizer.state[model.hidden.weight]["base.state1"].dtype == torch.uint8
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    parameters, state = torch.load(file, weights_only=True)
+    other = net(seed=1)
+    other.load_state_dict(parameters)
+    resumed = make(other.parameters())
+    resumed.load_state_dict(state)
+    train(model, optimizer, range(4, 8))
+    train(other, resumed, range(4, 8))
+    assert same_models(model, other)
+    assert same(optimizer.state_dict(), resumed.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ says what the statistics are and how two roots act on a block.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -53,6 +53,32 @@ class Bucket:
     gradients: list[Tensor] = field(default_factory=list)
     blockings: list[Blocking] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """Blocks of each parameter."""
+        return [cut.count for cut in self.blockings]
+
+    @property
+    def owner(self) -> Tensor:
+        """For each block the index of its parameter, int64 [k]."""
+        return _owner(tuple(self.counts), self.gradients[0].device)
+
+    def part(self, start: int, stop: int) -> "Bucket":
+        """The parameters from start to stop."""
+        lists = {name: getattr(self, name)[start:stop] for name in ("gradients", "blockings", "states")}
+        return replace(self, **lists)
+
+    def gather(self) -> Tensor:
+        """The blocks of all gradients, [k, r, c] in ``dtype``."""
+        pairs = zip(self.gradients, self.blockings, strict=True)
+        return torch.cat([cut.split(gradient).to(self.dtype) for gradient, cut in pairs])
+
+    def scatter(self, blocks: Tensor) -> None:
+        """Write the blocks into the gradients; what a gradient's dtype cannot hold becomes its largest number."""
+        for gradient, cut, own in zip(self.gradients, self.blockings, blocks.split(self.counts), strict=True):
+            limit = torch.finfo(gradient.dtype).max
+            gradient.copy_(cut.merge(own.clamp(-limit, limit)))
 
     def sides(self) -> Iterator[tuple[str, Factor]]:
         """("left", its form), ("right", its form)."""
@@ -159,8 +185,7 @@ class KroneckerPreconditioner(ABC):
                     if parameter.grad is not None and self.blocking(parameter, group) is None:
                         troubles.append(_guard(parameter.grad, state[parameter]))
             for bucket in self._buckets(groups, state):
-                for part in _whole_parameters(bucket):
-                    troubles.append(self._step_part(bucket, part))
+                troubles += [self._step_part(part) for part in _parts(bucket)]
         return torch.stack([t.to(troubles[0].device) for t in troubles]).sum(0) if troubles else None
 
     def _buckets(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
@@ -185,56 +210,39 @@ class KroneckerPreconditioner(ABC):
                 bucket.states.append(own)
         return list(buckets.values())
 
-    def _step_part(self, bucket: Bucket, part: slice) -> Tensor:
-        """One step of some whole parameters of a bucket; returns its troubles, int64 [2]."""
-        gradients, cuts, states = bucket.gradients[part], bucket.blockings[part], bucket.states[part]
-        stack = Stack(states, [cut.count for cut in cuts])
-        owner = _owner(tuple(stack.counts), gradients[0].device)
-
-        blocks = torch.cat([cut.split(g).to(bucket.dtype) for g, cut in zip(gradients, cuts, strict=True)])
-        magnitude = blocks.abs().amax((1, 2))
-        good = torch.isfinite(magnitude)
-        bad = torch.zeros(len(states), dtype=torch.int64, device=owner.device).index_add_(0, owner, (~good).long())
-        torch._foreach_add_([state["nonfinite"] for state in states], list(bad.unbind()))
-        # Each parameter's largest magnitude is taken out, so that squares neither overflow nor underflow; not below a
-        # floor, so that inverse roots of subnormal gradients times their gradient do not overflow.
-        magnitude = _largest(magnitude.where(good, 0.0), owner, len(states)).clamp(min=1e-30)
+    def _step_part(self, part: Bucket) -> Tensor:
+        """One step of a bucket that fits in the workspace; returns its troubles, int64 [2]."""
+        blocks = part.gather()
+        magnitude, good = _magnitudes(blocks, part)
         gradient = torch.where(_each(good), blocks / _each(magnitude), 0.0)
-
-        failed = torch.zeros_like(bad[0])
-        result = torch.empty_like(gradient) if bucket.due.precondition else None
-        for start, stop in _slices(bucket, gradient):
-            if bucket.due.update or bucket.due.refresh:
-                failed += self._update(bucket, stack, start, stop, gradient[start:stop], magnitude[start:stop])
+        troubles = torch.stack([_count_nonfinite(part, good), torch.zeros_like(part.owner[0])])
+        result = torch.empty_like(gradient) if part.due.precondition else None
+        stack = Stack(part.states, part.counts)
+        for start, stop in _slices(part, gradient):
+            own = gradient[start:stop]
+            if part.due.update or part.due.refresh:
+                troubles[1] += self._update(part, stack, start, stop, own, magnitude[start:stop])
             if result is not None:
-                left, right = (f.root(stack.read(side, start, stop), bucket.dtype) for side, f in bucket.sides())
-                result[start:stop] = self.apply(left, gradient[start:stop], right)
-
+                left, right = (form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides())
+                result[start:stop] = self.apply(left, own, right)
         if result is None:
-            result = torch.where(_each(good), blocks, 0.0)
+            part.scatter(torch.where(_each(good), blocks, 0.0))
+        elif part.graft:
+            part.scatter(_graft(result, gradient, magnitude, part))
         else:
-            if bucket.graft:
-                result /= _each(_largest(result.abs().amax((1, 2)), owner, len(states)))
-                before, after = (_norms(x, tuple(stack.counts)) for x in (gradient, result))
-                magnitude = magnitude * torch.where(after > 0, before / after, 0.0)[owner]
-            result *= _each(magnitude.clamp(max=torch.finfo(bucket.dtype).max))
-        for g, cut, own in zip(gradients, cuts, result.split(stack.counts), strict=True):
-            limit = torch.finfo(g.dtype).max  # a number that the norm of all of them has made too large stays finite
-            g.copy_(cut.merge(own.clamp_(-limit, limit)))
-        return torch.stack([bad.sum(), failed])
+            part.scatter(result * _each(magnitude))
+        return troubles
 
-    def _update(
-        self, bucket: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
-    ) -> Tensor:
+    def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
         """Statistics into factors, factors into roots; returns how many blocks failed, int64 []."""
         failed = torch.zeros((), dtype=torch.int64, device=gradient.device)
-        statistics = self.statistics(gradient) if bucket.due.update else (None, None)
-        for (side, factor), m in zip(bucket.sides(), statistics, strict=True):
+        statistics = self.statistics(gradient) if part.due.update else (None, None)
+        for (side, factor), m in zip(part.sides(), statistics, strict=True):
             state = stack.read(side, start, stop)
             before = state["failures"]
             if m is not None:
                 state = factor.update(state, m, magnitude)
-            if bucket.due.refresh:
+            if part.due.refresh:
                 state = factor.refresh(state, gradient.dtype)
             stack.write(side, start, stop, state)
             failed += (state["failures"] - before).sum()
@@ -263,10 +271,36 @@ def _each(x: Tensor) -> Tensor:
     return x[:, None, None]
 
 
-def _largest(magnitude: Tensor, owner: Tensor, count: int) -> Tensor:
+def _largest(magnitude: Tensor, part: Bucket) -> Tensor:
     """From the largest magnitude of each block that of its whole parameter, [k]; 1 where that is zero."""
-    largest = magnitude.new_zeros(count).scatter_reduce_(0, owner, magnitude, "amax")
-    return torch.where(largest > 0, largest, 1.0)[owner]
+    largest = magnitude.new_zeros(len(part.states)).scatter_reduce_(0, part.owner, magnitude, "amax")
+    return torch.where(largest > 0, largest, 1.0)[part.owner]
+
+
+def _magnitudes(blocks: Tensor, part: Bucket) -> tuple[Tensor, Tensor]:
+    """For each block its parameter's largest magnitude, [k], and whether the block is finite, [k].
+
+    Divided by it, squares neither overflow nor underflow. It has a floor, so that inverse roots of subnormal gradients
+    times their gradient do not overflow.
+    """
+    own = blocks.abs().amax((1, 2))
+    good = torch.isfinite(own)
+    return _largest(own.where(good, 0.0), part).clamp(min=1e-30), good
+
+
+def _count_nonfinite(part: Bucket, good: Tensor) -> Tensor:
+    """Count the bad blocks of each parameter in its state; returns all of them, int64 []."""
+    bad = torch.zeros(len(part.states), dtype=torch.int64, device=good.device).index_add_(0, part.owner, (~good).long())
+    torch._foreach_add_([state["nonfinite"] for state in part.states], list(bad.unbind()))
+    return bad.sum()
+
+
+def _graft(result: Tensor, gradient: Tensor, magnitude: Tensor, part: Bucket) -> Tensor:
+    """``result`` with each parameter's norm of magnitude * gradient."""
+    result = result / _each(_largest(result.abs().amax((1, 2)), part))
+    before, after = (_norms(x, tuple(part.counts)) for x in (gradient, result))
+    scale = magnitude * torch.where(after > 0, before / after, 0.0)[part.owner]
+    return result * _each(scale.clamp(max=torch.finfo(scale.dtype).max))
 
 
 def _norms(blocks: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -276,16 +310,16 @@ def _norms(blocks: Tensor, counts: tuple[int, ...]) -> Tensor:
     return torch.segment_reduce(squares, "sum", lengths=_lengths(counts, blocks.device), unsafe=True).sqrt()
 
 
-def _whole_parameters(bucket: Bucket) -> Iterator[slice]:
-    """Runs of parameters whose gradients, their result and a temporary fit in the workspace; at least one each."""
+def _parts(bucket: Bucket) -> Iterator[Bucket]:
+    """Whole parameters whose gradients, their result and a temporary fit in the workspace; at least one each time."""
     start, used = 0, 0
     for i, cut in enumerate(bucket.blockings):
         size = 3 * cut.count * cut.rows * cut.columns * bucket.dtype.itemsize
         if i > start and used + size > bucket.workspace:
-            yield slice(start, i)
+            yield bucket.part(start, i)
             start, used = i, 0
         used += size
-    yield slice(start, len(bucket.blockings))
+    yield bucket.part(start, len(bucket.blockings))
 
 
 def _slices(bucket: Bucket, blocks: Tensor) -> Iterator[tuple[int, int]]:

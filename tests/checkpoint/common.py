@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from lowbit_optim import Shampoo
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -102,7 +103,12 @@ def multi_step(optimizer):
     return lr_scheduler.MultiStepLR(optimizer, [3, 5, 5], gamma=0.1)
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "codes": CodesOptimizer}
+def shampoo(parameters):
+    """Coded however small the factors are, and with an update in every second step."""
+    return Shampoo(parameters, lr=0.01, bits=2, min_quant_size=1, statistics_frequency=2)
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "codes": CodesOptimizer, "shampoo": shampoo}
 SCHEDULERS = {
     "multistep": multi_step,
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),

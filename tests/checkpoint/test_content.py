@@ -18,7 +18,7 @@ from torch import nn
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.checkpoint.values import decode, encode
 from lowbit_optim.storage.codebooks import codebook
-from tests.checkpoint.common import CodesOptimizer, Net, adamw, build, own_sha256, picture, same, save, train
+from tests.checkpoint.common import CodesOptimizer, Net, adamw, build, own_sha256, picture, same, save, shampoo, train
 
 
 class Zoo(nn.Module):
@@ -111,6 +111,22 @@ def test_optimizer_file_describes_itself(tmp_path):
         "embed.bias/base": {"codebook": None},
     }
     assert json.loads(metadata["codebooks"]) == {"linear-2": {"4": codebook("linear-2", 4).tolist()}}
+
+
+def test_header_decodes_shampoo(tmp_path):
+    """Whoever has the file alone finds the codec of every factor and the values of its codes."""
+    objects = build(0, optimizer=shampoo)
+    train(*objects, 2)
+    save(tmp_path, objects)
+    (file,) = tmp_path.glob("optimizer-*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata, names = opened.metadata(), set(opened.keys())
+    assert json.loads(metadata["codebooks"]) == {"nf": {"4": codebook("nf", 4).tolist()}}
+    codecs = json.loads(metadata["codecs"])
+    assert {name.removesuffix(".root.codes") for name in names if name.endswith(".codes")} == codecs.keys()
+    for codec in codecs.values():
+        assert codec["form"] == "root"
+        assert codec["codec"]["codec"] | {"bits": 4, "codebook": "nf", "block_size": 64} == codec["codec"]["codec"]
 
 
 def test_format_of_checkpoint_json(tmp_path):

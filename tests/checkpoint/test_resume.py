@@ -17,7 +17,8 @@ from tests.checkpoint.common import OPTIMIZERS, SCHEDULERS, build, load, picture
     ("optimizer", "scheduler", "dtype"),
     [(name, "multistep", torch.float32) for name in OPTIMIZERS]
     + [("adamw", name, torch.float32) for name in SCHEDULERS if name != "multistep"]
-    + [("sgd", "lambda", torch.float64), ("codes", "multistep", torch.bfloat16)],
+    + [("sgd", "lambda", torch.float64), ("codes", "multistep", torch.bfloat16)]
+    + [("shampoo", "onecycle", torch.bfloat16)],
 )
 def test_resume_is_exact(tmp_path, optimizer, scheduler, dtype, live_steps):
     kinds = {"optimizer": OPTIMIZERS[optimizer], "scheduler": SCHEDULERS[scheduler], "dtype": dtype}
