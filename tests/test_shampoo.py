@@ -99,10 +99,10 @@ def test_padded_blocks_follow_the_paper_in_32_bits(shape, max_dim):
 # --------------------------------------------------------------------------------------- our own settings
 
 
-def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, clamp=False, limit=20.0):
+def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, clamp=False, limit=4.0):
     """The default settings in 32 bits over plain SGD: the first statistic is the average, later ones are limited."""
     p, history = start.copy(), []
-    averages, roots = [None, None], [np.eye(n) for n in start.shape]
+    averages, before, roots = [None, None], [0.0, 0.0], [np.eye(n) for n in start.shape]
     for t, g in enumerate(grads, start=1):
         if t % T1 == 0:
             for side, m in enumerate((g @ g.T, g.T @ g)):
@@ -110,7 +110,9 @@ def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, cla
                 if a is None:
                     averages[side] = m
                 else:
-                    averages[side] = 0.95 * a + 0.05 * m * min(1.0, limit * np.trace(a) / np.trace(m))
+                    usual = max(np.trace(a), before[side])
+                    averages[side] = 0.95 * a + 0.05 * m * min(1.0, limit * usual / np.trace(m))
+                before[side] = np.trace(m)
         if t % T2 == 0:
             roots = [oracles.inverse_root(a, power, 1e-6, clamp) for a in averages]
         step = roots[0] @ g @ roots[1]

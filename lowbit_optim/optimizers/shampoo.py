@@ -45,8 +45,8 @@ class Shampoo(SecondOrder):
         shampoo_beta: decay of the statistics. Default 0.95.
         matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
         initial_scale: factors start as this times I; at 0, the default, the first non-zero statistic replaces them.
-        statistic_limit: a statistic M is scaled down to tr(M) <= statistic_limit tr(A) (not with an initial_scale).
-            Default 20.
+        statistic_limit: a statistic M is scaled down to tr(M) <= statistic_limit max(tr(A), tr(M before it)), so that
+            one spike does not own A (not with an initial_scale). Default 4.
         root_power: p. Default 4.
         rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.
@@ -88,7 +88,7 @@ class Shampoo(SecondOrder):
         shampoo_beta: float = 0.95,
         matrix_eps: float = 1e-6,
         initial_scale: float = 0.0,
-        statistic_limit: float = 20.0,
+        statistic_limit: float = 4.0,
         root_power: int = 4,
         rectify_update: int = 1,
         rectify_root: int = 4,

@@ -60,15 +60,16 @@ class Factor(ABC):
         decay: beta of A <- beta A + (1 - beta) M.
         eps: ridge relative to the largest eigenvalue of A.
         initial_scale: A starts as this times I. At 0 the first non-zero statistic replaces A, whatever its size.
-        statistic_limit: a later statistic is scaled down so that tr(M) <= statistic_limit tr(A); one gradient spike
-            would otherwise own A for hundreds of updates.
+        statistic_limit: a later statistic is scaled down so that tr(M) <= statistic_limit max(tr(A), tr(M before it));
+            one gradient spike would otherwise own A for hundreds of updates. A change of scale that lasts is followed
+            from its second statistic on.
     """
 
     power: int = 4
     decay: float = 0.95
     eps: float = 1e-6
     initial_scale: float = 0.0
-    statistic_limit: float = 20.0
+    statistic_limit: float = 4.0
 
     one_period: ClassVar[bool] = False  # update leaves nothing for refresh to do
 
@@ -102,19 +103,24 @@ class Factor(ABC):
             m: symmetric positive semidefinite [k, n, n], float32 or float64 (the dtype of the computation).
             magnitude: [k], apart from M because its square may overflow or underflow.
         """
-        return _keep_good(state, *self._update(state, m, magnitude))
+        changed, ok = self._update(state, m, magnitude)
+        return _keep_good(state, changed | {"previous_norm": _storable(magnitude * trace(m).sqrt())}, ok)
 
     def refresh(self, state: State, dtype: torch.dtype) -> State:
         """Compute the root of the statistic that is kept, in ``dtype``."""
         return _keep_good(state, *self._refresh(state, dtype))
 
-    def _average(self, a: Tensor, m: Tensor, magnitude: Tensor) -> Tensor:
-        """beta A + (1 - beta) w M, w = magnitude^2 limited; w M alone where A is still zero and not to be started."""
+    def _average(self, a: Tensor, m: Tensor, magnitude: Tensor, previous: Tensor) -> Tensor:
+        """beta A + (1 - beta) w M, w = magnitude^2 limited; w M alone where A is still zero and not to be started.
+
+        ``previous`` is the square root of the trace of the statistic before this one, [k].
+        """
         old, new = trace(a), trace(m)
         if self.initial_scale:
             weight = magnitude.square()
         else:
-            ceiling = self.statistic_limit * old / torch.where(new > 0, new, 1.0)
+            usual = old.maximum(previous.to(old.dtype).square())
+            ceiling = self.statistic_limit * usual / torch.where(new > 0, new, 1.0)
             weight = magnitude.square().minimum(torch.where(old > 0, ceiling, torch.inf))
         share = torch.where(old > 0, 1 - self.decay, 1.0) * weight.clamp(max=torch.finfo(m.dtype).max)
         return self.decay * a + _each(share, m) * m
@@ -128,6 +134,10 @@ def _plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+def _storable(x: Tensor) -> Tensor:
+    return x.clamp(max=torch.finfo(torch.float32).max).float()
+
+
 def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     # The forms judge their numbers before they are rounded; float64 may overflow the float32 that is kept.
     for part in changed.values():
@@ -137,8 +147,12 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
-def _no_failures(blocks: int, device: torch.device | str) -> State:
-    return {"failures": torch.zeros(blocks, dtype=torch.int32, device=device)}
+def _records(blocks: int, device: torch.device | str) -> State:
+    """What every form keeps beside A: the root of the last statistic's trace, and how many of its changes failed."""
+    return {
+        "previous_norm": torch.zeros(blocks, device=device),
+        "failures": torch.zeros(blocks, dtype=torch.int32, device=device),
+    }
 
 
 def _identity(blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -151,7 +165,7 @@ class Dense(Factor):
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         eye = _identity(blocks, order, dtype, device)
-        return {"statistic": self.initial_scale * eye, "root": eye} | _no_failures(blocks, device)
+        return {"statistic": self.initial_scale * eye, "root": eye} | _records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["statistic"].to(dtype)
@@ -160,7 +174,7 @@ class Dense(Factor):
         return state["root"].to(dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        a = self._average(state["statistic"], m, magnitude)
+        a = self._average(state["statistic"], m, magnitude, state["previous_norm"])
         return {"statistic": a}, finite(a)
 
     def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
@@ -181,7 +195,7 @@ class Direct(Factor):
         start = self.codec.identity(blocks, order, dtype, device)
         root = put("root", self.codec.identity(blocks, order, dtype, device))
         start["diagonal"] *= self.initial_scale
-        return put("statistic", start) | root | _no_failures(blocks, device)
+        return put("statistic", start) | root | _records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return symmetrize(self.codec.decode(take("statistic", state), dtype))
@@ -190,7 +204,7 @@ class Direct(Factor):
         return self.codec.decode(take("root", state), dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        a = self._average(self.statistic(state, m.dtype), m, magnitude)
+        a = self._average(self.statistic(state, m.dtype), m, magnitude, state["previous_norm"])
         return put("statistic", self.codec.encode(a)), finite(a)
 
     def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
@@ -222,7 +236,7 @@ class Eigen(Factor):
             "eigenvalues": torch.full((blocks, order), self.initial_scale, dtype=torch.float32, device=device),
             **put("eigenvectors", {name: part.repeat(blocks, 1, 1) for name, part in eye.items()}),
             **put("root", self.codec.identity(blocks, order, dtype, device)),
-            **_no_failures(blocks, device),
+            **_records(blocks, device),
         }
 
     def eigenvectors(self, state: State, rectifications: int, dtype: torch.dtype) -> Tensor:
@@ -241,7 +255,7 @@ class Eigen(Factor):
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
         v = self.eigenvectors(state, self.rectify_update, m.dtype)
-        a = self._average(self._statistic(state, v), m, magnitude)
+        a = self._average(self._statistic(state, v), m, magnitude, state["previous_norm"])
         values, p, ok = orthogonal_iteration(a, v, self.iterations)
         return {"eigenvalues": values.float()} | put("eigenvectors", encode(p.mT, self.vectors)), ok & finite(values)
 
@@ -267,9 +281,7 @@ class Root(Factor):
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         rms = torch.full((blocks,), math.sqrt(self.initial_scale), dtype=torch.float32, device=device)
-        return (
-            {"rms": rms} | put("root", self.codec.identity(blocks, order, dtype, device)) | _no_failures(blocks, device)
-        )
+        return {"rms": rms} | put("root", self.codec.identity(blocks, order, dtype, device)) | _records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         a, _ = self._normalized_statistic(state, dtype)
@@ -292,7 +304,8 @@ class Root(Factor):
         rms = state["rms"].to(m.dtype)
         unit = torch.where(rms > 0, rms, magnitude)
         a, ok = self._normalized_statistic(state, m.dtype)
-        a = self._average(a, m, torch.where(unit > 0, magnitude / unit, 0.0))
+        safe = torch.where(unit > 0, unit, 1.0)
+        a = self._average(a, m, magnitude / safe, state["previous_norm"] / safe)
         mean = trace(a) / a.shape[-1]
         root, root_ok = inverse_root(a / _each(torch.where(mean > 0, mean, 1.0), a), self.power, self.eps, clamp=True)
         return {"rms": (unit * mean.sqrt()).float()} | put("root", self.codec.encode(root)), ok & root_ok
