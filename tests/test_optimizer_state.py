@@ -238,7 +238,7 @@ def foreign_state_dicts():
 
     shapes = (48, 40), (30,)
     yield "torch's", of(torch.optim.AdamW, *shapes), "lack"
-    yield "other base", of(lambda p: shampoo(p, base="sgd"), *shapes), "lack"
+    yield "other base", of(lambda p: shampoo(p, base="sgd"), *shapes), "base='torch.SGD'"
     yield "other shape", of(shampoo, (40, 48), (30,)), "shape"
     yield "other blocks", of(shampoo, (96, 40), (30,)), "parameter 0"
     yield "other vector", of(shampoo, (48, 40), (31,)), "exp_avg"

@@ -184,7 +184,7 @@ async def _run_one(run: str, out: Path, label: str, display: "Display") -> None:
     except asyncio.CancelledError:
         with suppress(ProcessLookupError, ValueError):  # it has ended; Windows, where Ctrl-C reaches it anyway
             process.send_signal(signal.SIGINT)
-        await process.wait()  # until it has saved
+        await process.communicate()  # until it has saved; to the end of the pipe, or its transport outlives the loop
         raise
     if code == INTERRUPTED:  # Ctrl-C reaches all processes of a terminal
         raise asyncio.CancelledError

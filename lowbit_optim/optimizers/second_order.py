@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_optim.optimizers.settings import base_class, check_base_keywords, check_group, plain_quantization
+from lowbit_optim.optimizers.settings import (
+    SETTINGS,
+    base_class,
+    base_name,
+    check_base_keywords,
+    check_group,
+    plain_quantization,
+)
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_form
 
 logger = logging.getLogger("lowbit_optim")
@@ -18,7 +25,7 @@ logger = logging.getLogger("lowbit_optim")
 _BASE = "base."
 
 # What a checkpoint must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
-_STORED = ("bits", "storage", "quantization", "layout")
+_STORED = ("base", "bits", "storage", "quantization", "layout", "root_power")
 # Of the base's state, what has the parameter's shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
@@ -53,7 +60,7 @@ class SecondOrder(Optimizer):
         self.preconditioner = self.preconditioner_class()
         self._warned = [False for _ in _TROUBLES]
         self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
-        super().__init__(params, {**settings, **base_kwargs})
+        super().__init__(params, {**settings, "base": base_name(base_type), **base_kwargs})
         # The base fills in its own defaults in the very same group dicts.
         self.base = base_type(self.param_groups, **{"lr": settings["lr"], **base_kwargs})
         self.defaults.update({k: v for k, v in self.base.defaults.items() if k not in self.defaults})
@@ -69,6 +76,8 @@ class SecondOrder(Optimizer):
         """
         self._refuse_misspelt(param_group)
         group = {**self.defaults, **param_group}
+        if group["base"] != self.defaults["base"]:
+            raise ValueError(f"a param group has base={group['base']!r}; an optimizer has one base for all its groups")
         check_group(group)
         param_group["quantization"] = plain_quantization(group["quantization"])
         count = len(self.param_groups)
@@ -134,16 +143,18 @@ class SecondOrder(Optimizer):
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
         saved_groups = state_dict["param_groups"]
         sizes = [len(g["params"]) for g in self.param_groups]
         saved_sizes = [len(g["params"]) for g in saved_groups]
         if sizes != saved_sizes:
             raise ValueError(f"the state dict has param groups of sizes {saved_sizes}; the optimizer's are {sizes}")
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            missing = self.defaults.keys() - saved.keys()
-            if missing:
-                lacks = ", ".join(sorted(missing))
+            if missing := [key for key in _STORED if key not in saved]:
+                lacks = ", ".join(missing)
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
+            saved = {**{key: self.defaults[key] for key in SETTINGS}, **saved}
             check_group(saved)
             for key in _STORED:
                 if plain_quantization(saved[key]) != plain_quantization(group[key]):
@@ -173,7 +184,14 @@ class SecondOrder(Optimizer):
         return {**state_dict, "state": sealed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        base = state.pop("base", None)
         super().__setstate__(state)
+        if base is not None:  # from a pickle or a copy, where torch keeps nothing of an optimizer but these three
+            kind, attributes = base
+            self.base = _rebuild(kind, attributes, self.param_groups, self.defaults)
+        for group in self.param_groups:
+            for key in SETTINGS:  # what an older version did not know
+                group.setdefault(key, self.defaults[key])
         for parameter, group in self._parameters():
             own = self.state.get(parameter, {})
             self.state[parameter] = {
@@ -183,8 +201,10 @@ class SecondOrder(Optimizer):
                 del self.state[parameter]
 
     def __getstate__(self) -> dict[str, Any]:
+        own = ("state", "param_groups", "defaults")
+        attributes = {k: v for k, v in vars(self.base).items() if k not in own and not k.startswith("_optimizer_")}
         return super().__getstate__() | {
-            "base": self.base,
+            "base": (type(self.base), attributes),
             "preconditioner": self.preconditioner,
             "_warned": list(self._warned),
             "_pending": [],
@@ -210,8 +230,10 @@ class SecondOrder(Optimizer):
                 self.state[parameter] = {k: _to(v, _home(k, v, parameter, group)) for k, v in own.items()}
 
     def _check_state(self, index: int, parameter: Tensor, group: Group, state: Mapping[str, Any]) -> None:
-        expected = self.preconditioner.init_state(parameter, group, "meta")
         own = {key: value for key, value in state.items() if not key.startswith(_BASE)}
+        # Factors stay where they are while a group does without them.
+        group = {**group, "precondition": group["precondition"] or "left.failures" in own}
+        expected = self.preconditioner.init_state(parameter, group, "meta")
         where = f"parameter {index} of shape {tuple(parameter.shape)}"
         if own.keys() != expected.keys():
             wrong = ", ".join(sorted(own.keys() ^ expected.keys()))
@@ -263,6 +285,15 @@ class SecondOrder(Optimizer):
             if count and not self._warned[i]:
                 logger.warning(message, count)
                 self._warned[i] = True
+
+
+def _rebuild(
+    kind: type[Optimizer], attributes: dict[str, Any], groups: list[Group], defaults: dict[str, Any]
+) -> Optimizer:
+    base = kind.__new__(kind)
+    vars(base).update(attributes)
+    base.__setstate__({"state": defaultdict(dict), "param_groups": groups, "defaults": defaults})
+    return base
 
 
 class _Sealed:

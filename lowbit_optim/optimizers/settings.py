@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ BASES: dict[str, type[Optimizer]] = {
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _number(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and accepts(value)
+    return lambda value: isinstance(value, Real) and not isinstance(value, bool) and accepts(float(value))
 
 
 def _boolean(value: Any) -> bool:
@@ -59,6 +60,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# Every keyword that a group has a value of its own for.
+SETTINGS = ("storage", "layout", *_RULES)
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a group's settings, or two of them together, cannot be."""
     for key, (rule, holds) in _RULES.items():
@@ -79,6 +84,11 @@ def plain_quantization(value: Any) -> Any:
     if isinstance(value, Quantization):
         return astuple(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def base_name(base: type[Optimizer]) -> str:
+    """Package and class, as param groups keep it: modules inside a package move, and AdamW alone could be anybody's."""
+    return f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
 
 
 def base_class(base: str | type[Optimizer]) -> type[Optimizer]:

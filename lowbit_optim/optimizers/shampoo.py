@@ -39,14 +39,15 @@ class Shampoo(SecondOrder):
         max_preconditioner_dim: longer sides are split into equal blocks. Default 1200.
         min_quant_size: a factor with fewer elements keeps its form, but in float32. Default 4096.
         statistics_frequency: steps between statistics updates (T1). Default 100.
-        precondition_frequency: steps between root updates (T2). Default 500; storage "root" has one period,
-            ``statistics_frequency``, and takes None or that number only.
+        precondition_frequency: steps between root updates (T2). Storage "root" has one period,
+            ``statistics_frequency``, and takes None or that number only (with bits=32 any). Default None: that period
+            for storage "root", else 500. The first root comes with the first such step: until then the base runs alone.
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
         shampoo_beta: decay of the statistics. Default 0.95.
         matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
         initial_scale: factors start as this times I; at 0, the default, the first non-zero statistic replaces them.
-        statistic_limit: a statistic M is scaled down to tr(M) <= statistic_limit max(tr(A), tr(M before it)), so that
-            one spike does not own A (not with an initial_scale). Default 4.
+        statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A),
+            so that one spike does not own A (not with an initial_scale). Default 4.
         root_power: p. Default 4.
         rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack, blocking
-from lowbit_optim.linalg import full_precision
+from lowbit_optim.linalg import each, full_precision
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import form
 from lowbit_optim.storage.factors import Factor
@@ -214,7 +214,7 @@ class KroneckerPreconditioner(ABC):
         """One step of a bucket that fits in the workspace; returns its troubles, int64 [2]."""
         blocks = part.gather()
         magnitude, good = _magnitudes(blocks, part)
-        gradient = torch.where(_each(good), blocks / _each(magnitude), 0.0)
+        gradient = torch.where(each(good, blocks), blocks / each(magnitude, blocks), 0.0)
         troubles = torch.stack([_count_nonfinite(part, good), torch.zeros_like(part.owner[0])])
         result = torch.empty_like(gradient) if part.due.precondition else None
         stack = Stack(part.states, part.counts)
@@ -226,11 +226,11 @@ class KroneckerPreconditioner(ABC):
                 left, right = (form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides())
                 result[start:stop] = self.apply(left, own, right)
         if result is None:
-            part.scatter(torch.where(_each(good), blocks, 0.0))
+            part.scatter(torch.where(each(good, blocks), blocks, 0.0))
         elif part.graft:
             part.scatter(_graft(result, gradient, magnitude, part))
         else:
-            part.scatter(result * _each(magnitude))
+            part.scatter(result * each(magnitude, result))
         return troubles
 
     def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
@@ -250,7 +250,9 @@ class KroneckerPreconditioner(ABC):
 
 
 def _due(step: int, group: Group, forms: Forms) -> Due:
-    refresh = group["precondition_frequency"] or DEFAULT_PRECONDITION_FREQUENCY
+    refresh = group["precondition_frequency"]
+    if refresh is None:  # bits=32 stands in for the storage that was asked for, at the same steps
+        refresh = group["statistics_frequency"] if group["storage"] == "root" else DEFAULT_PRECONDITION_FREQUENCY
     return Due(
         update=step % group["statistics_frequency"] == 0,
         refresh=not forms.left.one_period and step % refresh == 0,
@@ -264,11 +266,6 @@ def _guard(gradient: Tensor, state: dict[str, Any]) -> Tensor:
     gradient.masked_fill_(bad, 0.0)
     state["nonfinite"] += bad
     return torch.stack([bad, torch.zeros_like(bad)]).long()
-
-
-def _each(x: Tensor) -> Tensor:
-    """[k] to [k, 1, 1], to scale blocks with."""
-    return x[:, None, None]
 
 
 def _largest(magnitude: Tensor, part: Bucket) -> Tensor:
@@ -297,10 +294,10 @@ def _count_nonfinite(part: Bucket, good: Tensor) -> Tensor:
 
 def _graft(result: Tensor, gradient: Tensor, magnitude: Tensor, part: Bucket) -> Tensor:
     """``result`` with each parameter's norm of magnitude * gradient."""
-    result = result / _each(_largest(result.abs().amax((1, 2)), part))
+    result = result / each(_largest(result.abs().amax((1, 2)), part), result)
     before, after = (_norms(x, tuple(part.counts)) for x in (gradient, result))
     scale = magnitude * torch.where(after > 0, before / after, 0.0)[part.owner]
-    return result * _each(scale.clamp(max=torch.finfo(scale.dtype).max))
+    return result * each(scale.clamp(max=torch.finfo(scale.dtype).max), result)
 
 
 def _norms(blocks: Tensor, counts: tuple[int, ...]) -> Tensor:
