@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.storage.factors import Factor
+from lowbit_optim.storage.root import Root
 
 
 def orthogonal(order: int, generator: torch.Generator) -> Tensor:
@@ -37,10 +38,11 @@ def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
 
 
-def exact_root(a: Tensor, eps: float) -> Tensor:
-    """V max(lambda, eps lambda_max)^(-1/4) V^T."""
+def exact_root(a: Tensor, form: Factor) -> Tensor:
+    """A^(-1/4) by the form's own rule: the root form raises eigenvalues to eps lambda_max, the others add that."""
     values, vectors = torch.linalg.eigh(a)
-    return power(values.maximum(eps * values.amax(-1, keepdim=True)), vectors, -1 / 4)
+    floor = form.eps * values.amax(-1, keepdim=True)
+    return power(values.maximum(floor) if isinstance(form, Root) else values.clamp(min=0) + floor, vectors, -1 / 4)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from benchmarks.matrices import angle, bits_per_element, power, relative_error, 
 from benchmarks.report import keep, show
 from lowbit_optim.linalg import inverse_root
 from lowbit_optim.storage import Quantization, Symmetric
-from lowbit_optim.storage.blockwise import encode
 from lowbit_optim.storage.budget import form
-from lowbit_optim.storage.factors import Direct, Eigen, Factor, Root, put
+from lowbit_optim.storage.eigen import Eigen, Rows
+from lowbit_optim.storage.factors import Direct, Factor, put
+from lowbit_optim.storage.root import Root
 
 ORDER, LARGE, RATIO, SEED = 1200, 1150, 1000.0, 0
 
@@ -41,8 +42,8 @@ def cases() -> list[Case]:
         square = Symmetric(code, "square")
         forms = [
             ("A itself", Direct(codec=square)),
-            ("eigenvectors", Eigen(vectors=code, codec=square, rectify_update=0)),
-            ("eigenvectors, rectified", Eigen(vectors=code, codec=square, rectify_update=1)),
+            ("eigenvectors", Eigen(vectors=Rows(code), codec=square, rectify_update=0)),
+            ("eigenvectors, rectified", Eigen(vectors=Rows(code), codec=square, rectify_update=1)),
             ("root alone", Root(codec=square)),
         ]
         rows += [Case(f"{codebook}: {what}", f, paper) for (what, f), paper in zip(forms, figures, strict=True)]
@@ -59,7 +60,7 @@ def dequantized_root(form: Factor, values: Tensor, vectors: Tensor) -> Tensor:
         exact = power(values, vectors, -1 / 4)[None]
         return form.codec.decode(form.codec.encode(exact), torch.float64)[0]
     if isinstance(form, Eigen):
-        state |= {"eigenvalues": values.float()[None], **put("eigenvectors", encode(vectors.mT[None], form.vectors))}
+        state |= {"eigenvalues": values.float()[None], **put("eigenvectors", form.vectors.encode(vectors[None]))}
     elif isinstance(form, Direct):
         state |= put("statistic", form.codec.encode(power(values, vectors, 1.0)[None]))
     return inverse_root(form.statistic(state, torch.float64), 4, form.eps)[0][0]

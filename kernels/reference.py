@@ -67,13 +67,14 @@ def _word(bits: int) -> tuple[int, int]:
 
 
 def quantize_blockwise(
-    x: Tensor, table: Tensor, bits: int, block_size: int, fitted: bool, double: bool
+    x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of numbers to packed codes and scales.
 
     Args:
         x: float32 or float64 [rows, n], finite.
-        table: the ascending code values, float64 [2**bits].
+        values: the ascending code values, [2**bits] in x's dtype.
+        boundaries: the midpoints between them, [2**bits - 1] in x's dtype.
         bits: bits per code: 2, 3, 4, 6 or 8.
         block_size: numbers that share a scale.
         fitted: choose each scale by least squared error over ``FIT_CANDIDATES`` instead of the largest magnitude.
@@ -84,10 +85,6 @@ def quantize_blockwise(
         maxima of the scale groups float32 [rows, ceil(blocks / SCALE_GROUP)], with zero columns unless double).
     """
     n = x.shape[-1]
-    table = table.to(x.device)
-    values = table.to(x.dtype)
-    # None between a value and its repetition: the first of equal values is the lower code, and has them all.
-    boundaries = ((table[:-1] + table[1:]) / 2).where(table[:-1] < table[1:], torch.inf).to(x.dtype)
     blocks = pad(x, (0, -n % block_size)).unflatten(-1, (-1, block_size))
     scales = blocks.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max).float()
     if fitted:
@@ -103,13 +100,19 @@ def quantize_blockwise(
 
 
 def dequantize_blockwise(
-    codes: Tensor, scales: Tensor, maxima: Tensor, table: Tensor, bits: int, block_size: int, n: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    maxima: Tensor,
+    values: Tensor,
+    bits: int,
+    block_size: int,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The inverse of ``quantize_blockwise``, table[code] * scale: [rows, n] in ``dtype`` (float32 or float64)."""
+    """The inverse of ``quantize_blockwise``, values[code] * scale: [rows, n] in ``dtype`` (float32 or float64)."""
     if maxima.shape[-1]:
         scales = _dequantize_scales(scales, maxima)
-    values = table.to(codes.device, dtype)[unpack(codes, bits, n).int()]
-    blocks = pad(values, (0, -n % block_size)).unflatten(-1, (-1, block_size))
+    blocks = pad(values[unpack(codes, bits, n).int()], (0, -n % block_size)).unflatten(-1, (-1, block_size))
     return (blocks * scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :n]
 
 

@@ -5,8 +5,10 @@ set for his model: TF32 and bf16 turn small eigenvalues negative. Functions that
 to their result; where it is False the result means nothing, and the caller keeps the last good value.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +18,50 @@ from torch import Tensor
 _RIDGE = 1e-12
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_precision_lock = threading.Lock()
+_precision_before: list[str] = []  # of the backends, while at least one thread is inside
+_threads_inside = 0
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside: no autocast, and float32 matrix products in IEEE float32. The user's settings are put back after."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    devices = [device for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)]
+    """Inside: no autocast, and float32 matrix products in IEEE float32. The user's settings are put back after.
+
+    Autocast is a thread's own, the precision of products the process's: the last thread that leaves puts it back.
+    """
+    global _threads_inside
+    with _precision_lock:
+        if _threads_inside == 0:
+            _precision_before[:] = [_set_precision(backend, "ieee") for backend in _backends()]
+        _threads_inside += 1
+    devices = [device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         for device in devices:
             torch.set_autocast_enabled(device, False)
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
         for device in devices:
             torch.set_autocast_enabled(device, True)
+        with _precision_lock:
+            _threads_inside -= 1
+            if _threads_inside == 0:
+                for backend, precision in zip(_backends(), _precision_before, strict=True):
+                    _set_precision(backend, precision)
+
+
+def _backends() -> tuple[Any, Any]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _set_precision(backend: Any, precision: str) -> str:
+    """Set a backend's precision of float32 products, and return the one before; "none" where it was inherited."""
+    before: str = backend.fp32_precision
+    if before == torch.backends.fp32_precision:  # type: ignore[attr-defined]
+        before = "none"
+    if backend.fp32_precision != precision:
+        backend.fp32_precision = precision
+    return before
 
 
 def trace(a: Tensor) -> Tensor:
@@ -50,9 +79,9 @@ def finite(a: Tensor) -> Tensor:
     return torch.isfinite(a).flatten(1).all(1)
 
 
-def _over_batch(x: Tensor) -> Tensor:
-    """[k] to [k, 1, 1], to scale matrices with."""
-    return x[:, None, None]
+def each(x: Tensor, like: Tensor) -> Tensor:
+    """[k] to [k, 1, ...] with the dims of ``like``, to scale or choose the members of a batch."""
+    return x.view(-1, *[1] * (like.dim() - 1))
 
 
 def rectify(v: Tensor, iterations: int) -> Tensor:
@@ -82,6 +111,41 @@ def orthogonal_iteration(a: Tensor, v: Tensor, iterations: int) -> tuple[Tensor,
     return (p * (a @ p)).sum(-2), p, finite(p)
 
 
+def householder(u: Tensor) -> Tensor:
+    """The reflectors of orthogonal matrices, [k, n, n] strictly lower triangular with numbers in [-1, 1].
+
+    Column i of V = I + the result is the vector of the i-th reflection I - 2 v v^T / ||v||^2; their product is U up to
+    the signs of its columns.
+    """
+    return torch.geqrf(u)[0].tril(-1)
+
+
+def reflect(v: Tensor) -> Tensor:
+    """The product of reflections, orthogonal for any strictly lower triangular [k, n, n], as ``householder`` gives it.
+
+    Compact WY form: U = I - V S^-1 V^T with S = striu(V^T V) + diag(V^T V) / 2.
+    """
+    eye = torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+    v = v + eye
+    gram = v.mT @ v
+    s = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    return eye - v @ torch.linalg.solve_triangular(s, v.mT, upper=True)
+
+
+def cholesky(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Lower triangular C with C C^T = A + eps tr(A) / n I, [k, n, n], and ok [k].
+
+    Matrices for which float32 fails are tried once more with a hundred times the ridge.
+    """
+    mean = trace(a) / a.shape[-1]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    c, info = torch.linalg.cholesky_ex(a + each(eps * mean, a) * eye)
+    firmer, firmer_info = torch.linalg.cholesky_ex(a + each(100 * eps * mean, a) * eye)
+    c = torch.where(each(info == 0, a), c, firmer)
+    # Before the first statistic A is zero, and so is its factor.
+    return torch.where(each(mean > 0, a), c, 0.0), ((info == 0) | (firmer_info == 0) | (mean == 0)) & finite(a)
+
+
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues [k, n], ascending, and eigenvectors [k, n, n] of symmetric matrices, guarded.
 
@@ -102,11 +166,11 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(ok.all()):
         for i in (~ok & finite(a)).nonzero().flatten().tolist():
             try:
-                value, vector = torch.linalg.eigh(a[i].double())
+                value, vector = torch.linalg.eigh(a[i].cpu().double())  # not every device has float64
             except torch.linalg.LinAlgError:
                 continue
-            values[i], vectors[i] = value.to(a.dtype), vector.to(a.dtype)
-            ok[i] = torch.isfinite(value).all() & torch.isfinite(vector).all()
+            values[i], vectors[i] = value.to(a), vector.to(a)
+            ok[i] = torch.isfinite(values[i]).all() & torch.isfinite(vectors[i]).all()
     return values, vectors, ok
 
 
@@ -141,8 +205,8 @@ def inverse_root(a: Tensor, p: float, eps: float, *, clamp: bool = False) -> tup
     # Taken out first, so that eps times a tiny eigenvalue does not underflow.
     scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
     scale = torch.where(scale > 0, scale, 1.0)
-    values, vectors, ok = eigh(a / _over_batch(scale))
-    root = matrix_power(damped(values, eps, clamp=clamp), vectors, -1 / p) * _over_batch(scale.pow(-1 / p))
+    values, vectors, ok = eigh(a / each(scale, a))
+    root = matrix_power(damped(values, eps, clamp=clamp), vectors, -1 / p) * each(scale.pow(-1 / p), a)
     return root, ok & finite(root)
 
 
@@ -169,20 +233,20 @@ def inverse_root_newton(
     positive = scale > 0
     scale = torch.where(positive, scale, 1.0)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    a = torch.where(_over_batch(positive), a / _over_batch(scale), eye)
-    a = a + _over_batch(eps * _largest_eigenvalue(a)) * eye
+    a = torch.where(each(positive, a), a / each(scale, a), eye)
+    a = a + each(eps * _largest_eigenvalue(a), a) * eye
     z = (1 + p) / (2 * torch.linalg.matrix_norm(a))
-    x, m = _over_batch(z.pow(1 / p)) * eye, _over_batch(z) * a
+    x, m = each(z.pow(1 / p), a) * eye, each(z, a) * a
     best, residual = x, (m - eye).abs().amax((-2, -1))
     for _ in range(iterations):
         t = (1 + 1 / p) * eye - m / p
         x, m = x @ t, torch.linalg.matrix_power(t, p) @ m
         error = (m - eye).abs().amax((-2, -1))
         better = (error < residual) & (residual > tolerance)
-        best = torch.where(_over_batch(better), x, best)
+        best = torch.where(each(better, a), x, best)
         residual = torch.where(better, error, residual)
     ok = (residual < 1e-2) & finite(best)
-    return symmetrize(best) * _over_batch(torch.where(positive, scale.pow(-1 / p), 1.0)), ok
+    return symmetrize(best) * each(torch.where(positive, scale.pow(-1 / p), 1.0), a), ok
 
 
 def _largest_eigenvalue(a: Tensor) -> Tensor:

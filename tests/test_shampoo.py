@@ -111,7 +111,8 @@ def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, cla
                     averages[side] = m
                 else:
                     usual = max(np.trace(a), before[side])
-                    averages[side] = 0.95 * a + 0.05 * m * min(1.0, limit * usual / np.trace(m))
+                    outlier = np.trace(m) > limit * usual
+                    averages[side] = 0.95 * a + 0.05 * m * (np.trace(a) / np.trace(m) if outlier else 1.0)
                 before[side] = np.trace(m)
         if t % T2 == 0:
             roots = [oracles.inverse_root(a, power, 1e-6, clamp) for a in averages]

@@ -123,6 +123,9 @@ BUDGETS = {  # storage: stored matrices, and the bits that it can have
     "root": (1, [16, 8, 4, 3, 2, 1.5, 1]),
     "direct": (2, [16, 8, 4, 3, 2, 1.5, 1]),
     "eigen": (2, [16, 8, 4, 3]),
+    "reflector": (2, [16, 8, 4, 3, 2, 1.5, 1]),
+    "cholesky": (2, [16, 8, 4, 3, 2, 1.5, 1]),
+    "cholesky-feedback": (3, [16, 8, 4, 3, 2, 1.5, 1]),
 }
 
 
@@ -151,7 +154,7 @@ def test_thirty_two_bits_are_dense_and_small_factors_have_no_codes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"storage": "cholesky"}, r"'cholesky'.*dense, direct, eigen, root"),
+        ({"storage": "lu"}, r"'lu'.*dense, direct, eigen, reflector, cholesky, cholesky-feedback, root"),
         ({"bits": 5}, r"5.*32, 16, 8, 4, 3, 2, 1.5, 1"),
         ({"storage": "eigen", "bits": 2}, r"eigen.*2 bits \(3 at least\).*'root'"),
         ({"storage": "dense", "bits": 4}, r"dense.*32.*'root'"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.reference import SCALE_GROUP
-from lowbit_optim.storage.codebooks import codebook
+from lowbit_optim.storage.codebooks import codebook, table
 
 # Rows shorter than this keep their numbers: the scale and the padding would cost more than the codes save.
 MIN_ROW = 32
@@ -59,10 +59,10 @@ class Quantization:
             "codes" uint8 [..., ceil(n * bits / 8)], "scales" float32 [..., blocks]; with ``double`` the scales are
             uint8 and "scale_maxima" float32 [..., ceil(blocks / 256)] stands beside them.
         """
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[:-1].numel(), x.shape[-1])
-        table = codebook(self.codebook, self.bits)
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+        values, boundaries = table(self.codebook, self.bits, rows.dtype, rows.device)
         codes, scales, maxima = kernels.quantize_blockwise(
-            rows, table, self.bits, self.block_size, self.scale == "fitted", self.double
+            rows, values, boundaries, self.bits, self.block_size, self.scale == "fitted", self.double
         )
         parts = {"codes": codes, "scales": scales} | ({"scale_maxima": maxima} if self.double else {})
         return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
@@ -73,8 +73,8 @@ class Quantization:
         lead = codes.shape[:-1]
         maxima = parts["scale_maxima"] if self.double else scales.new_empty((*lead, 0), dtype=torch.float32)
         codes, scales, maxima = (part.reshape(lead.numel(), part.shape[-1]) for part in (codes, scales, maxima))
-        table = codebook(self.codebook, self.bits)
-        rows = kernels.dequantize_blockwise(codes, scales, maxima, table, self.bits, self.block_size, n, dtype)
+        values, _ = table(self.codebook, self.bits, dtype, codes.device)
+        rows = kernels.dequantize_blockwise(codes, scales, maxima, values, self.bits, self.block_size, n, dtype)
         return rows.reshape(*lead, n)
 
     def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Parts:

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from lowbit_optim.storage.blockwise import Codec, Quantization
-from lowbit_optim.storage.factors import Dense, Direct, Eigen, Factor, Root
+from lowbit_optim.storage.cholesky import Cholesky
+from lowbit_optim.storage.eigen import Eigen, Reflectors, Rows
+from lowbit_optim.storage.factors import Dense, Direct, Factor
+from lowbit_optim.storage.root import Root
 from lowbit_optim.storage.symmetric import Symmetric
 
-STORAGES: dict[str, type[Factor]] = {"dense": Dense, "direct": Direct, "eigen": Eigen, "root": Root}
+STORAGES = ("dense", "direct", "eigen", "reflector", "cholesky", "cholesky-feedback", "root")
 
 # Of the tables with a zero, which dead units need, those of least error. From 6 bits on fitting gains little.
 _TRIANGLE: dict[float, Codec] = {
@@ -67,16 +70,20 @@ def form(
         raise ValueError(f"storage 'dense' holds 32 bits, not {bits}; 'root' holds every smaller number")
     if storage == "eigen" and not quantization and bits != 32 and bits not in _SQUARE:
         raise ValueError(f"storage 'eigen' cannot keep eigenvectors in {bits} bits (3 at least); 'root' can")
-    symmetric = Symmetric((quantization or _TRIANGLE.get(bits)) if quantized else None, layout)
+    codecs = _SQUARE if layout == "square" else _TRIANGLE
+    if not quantization and bits != 32 and bits not in codecs:
+        raise ValueError(f"layout {layout!r} cannot keep a matrix in {bits} bits; 'triangle' can")
+    triangle = (quantization or _TRIANGLE.get(bits)) if quantized else None
+    symmetric = Symmetric((quantization or codecs.get(bits)) if quantized else None, layout)
     if bits == 32:
         return Dense(**shared)
     if storage == "eigen":
-        return Eigen(
-            vectors=(quantization or _SQUARE[bits]) if quantized else None,
-            codec=symmetric,
-            rectify_update=rectify_update,
-            rectify_root=rectify_root,
-            iterations=orthogonal_iterations,
-            **shared,
-        )
+        rows = Rows((quantization or _SQUARE[bits]) if quantized else None)
+        rectifications = {"rectify_update": rectify_update, "rectify_root": rectify_root}
+        return Eigen(vectors=rows, codec=symmetric, iterations=orthogonal_iterations, **rectifications, **shared)
+    if storage == "reflector":
+        none = {"rectify_update": 0, "rectify_root": 0}
+        return Eigen(vectors=Reflectors(triangle), codec=symmetric, iterations=orthogonal_iterations, **none, **shared)
+    if storage.startswith("cholesky"):
+        return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)
     return (Direct if storage == "direct" else Root)(codec=symmetric, **shared)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,4 +103,20 @@ def codebook(name: str, bits: int) -> Tensor:
     Raises:
         ValueError: an unknown name or number of bits.
     """
-    return torch.tensor(_values(name, bits), dtype=torch.float64)
+    return torch.tensor(_values(name, bits), dtype=torch.float64, device="cpu")
+
+
+class Table(NamedTuple):
+    """A code table as the kernels want it: on a device, in the dtype of the computation."""
+
+    values: Tensor  # [2**bits]
+    boundaries: Tensor  # [2**bits - 1], between neighbouring values; a quotient on one belongs to the lower code
+
+
+@lru_cache
+def table(name: str, bits: int, dtype: torch.dtype, device: torch.device) -> Table:
+    """A named table, made in float64 on the CPU and rounded once; kept, so that no step waits for a copy."""
+    values = codebook(name, bits)
+    # None between a value and its repetition: the first of equal values is the lower code, and has them all.
+    boundaries = ((values[:-1] + values[1:]) / 2).where(values[:-1] < values[1:], torch.inf)
+    return Table(values.to(dtype).to(device), boundaries.to(dtype).to(device))

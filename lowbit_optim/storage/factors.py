@@ -19,18 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import (
-    damped,
-    eigh,
-    finite,
-    inverse_root,
-    matrix_power,
-    orthogonal_iteration,
-    rectify,
-    symmetrize,
-    trace,
-)
-from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode
+from lowbit_optim.linalg import each, finite, inverse_root, symmetrize, trace
+from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
 
 State = dict[str, Tensor]
@@ -46,11 +36,6 @@ def take(name: str, state: State) -> Parts:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
-def _each(mask: Tensor, like: Tensor) -> Tensor:
-    """[k] to [k, 1, ...] with the dims of ``like``."""
-    return mask.view(-1, *[1] * (like.dim() - 1))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Factor(ABC):
     """What all forms share: the moving average of the statistics, and keeping the last good state.
@@ -60,7 +45,7 @@ class Factor(ABC):
         decay: beta of A <- beta A + (1 - beta) M.
         eps: ridge relative to the largest eigenvalue of A.
         initial_scale: A starts as this times I. At 0 the first non-zero statistic replaces A, whatever its size.
-        statistic_limit: a later statistic is scaled down so that tr(M) <= statistic_limit max(tr(A), tr(M before it));
+        statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A):
             one gradient spike would otherwise own A for hundreds of updates. A change of scale that lasts is followed
             from its second statistic on.
     """
@@ -111,19 +96,17 @@ class Factor(ABC):
         return _keep_good(state, *self._refresh(state, dtype))
 
     def _average(self, a: Tensor, m: Tensor, magnitude: Tensor, previous: Tensor) -> Tensor:
-        """beta A + (1 - beta) w M, w = magnitude^2 limited; w M alone where A is still zero and not to be started.
+        """beta A + (1 - beta) magnitude^2 M; the statistic alone where A is still zero and not to be started.
 
         ``previous`` is the square root of the trace of the statistic before this one, [k].
         """
-        old, new = trace(a), trace(m)
-        if self.initial_scale:
-            weight = magnitude.square()
-        else:
+        weight, old, new = magnitude.square(), trace(a), trace(m)
+        if not self.initial_scale:
             usual = old.maximum(previous.to(old.dtype).square())
-            ceiling = self.statistic_limit * usual / torch.where(new > 0, new, 1.0)
-            weight = magnitude.square().minimum(torch.where(old > 0, ceiling, torch.inf))
+            outlier = (old > 0) & (weight * new > self.statistic_limit * usual)
+            weight = torch.where(outlier, old / torch.where(new > 0, new, 1.0), weight)
         share = torch.where(old > 0, 1 - self.decay, 1.0) * weight.clamp(max=torch.finfo(m.dtype).max)
-        return self.decay * a + _each(share, m) * m
+        return self.decay * a + each(share, m) * m
 
 
 def _plain(value: Any) -> Any:
@@ -143,11 +126,11 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     for part in changed.values():
         if part.is_floating_point():
             ok = ok & torch.isfinite(part).reshape(len(ok), -1).all(1)
-    kept = {name: torch.where(_each(ok, new), new, state[name]) for name, new in changed.items()}
+    kept = {name: torch.where(each(ok, new), new, state[name]) for name, new in changed.items()}
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
-def _records(blocks: int, device: torch.device | str) -> State:
+def records(blocks: int, device: torch.device | str) -> State:
     """What every form keeps beside A: the root of the last statistic's trace, and how many of its changes failed."""
     return {
         "previous_norm": torch.zeros(blocks, device=device),
@@ -155,7 +138,7 @@ def _records(blocks: int, device: torch.device | str) -> State:
     }
 
 
-def _identity(blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def identity(blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.eye(order, dtype=dtype, device=device).expand(blocks, -1, -1).contiguous()
 
 
@@ -164,8 +147,8 @@ class Dense(Factor):
     """A and its root in full: 64 bits per element (128 for float64 parameters). The 32-bit optimizer."""
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        eye = _identity(blocks, order, dtype, device)
-        return {"statistic": self.initial_scale * eye, "root": eye} | _records(blocks, device)
+        eye = identity(blocks, order, dtype, device)
+        return {"statistic": self.initial_scale * eye, "root": eye} | records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["statistic"].to(dtype)
@@ -195,7 +178,7 @@ class Direct(Factor):
         start = self.codec.identity(blocks, order, dtype, device)
         root = put("root", self.codec.identity(blocks, order, dtype, device))
         start["diagonal"] *= self.initial_scale
-        return put("statistic", start) | root | _records(blocks, device)
+        return put("statistic", start) | root | records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return symmetrize(self.codec.decode(take("statistic", state), dtype))
@@ -210,102 +193,3 @@ class Direct(Factor):
     def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
         root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps)
         return put("root", self.codec.encode(root)), ok
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eigen(Factor):
-    """A as float32 eigenvalues and coded eigenvectors that are rectified when read (Wang et al. 2024, alg. 1 and 2).
-
-    Args:
-        vectors: how the eigenvectors are kept; a row is one eigenvector.
-        codec: how the root is kept.
-        rectify_update: Björck iterations t1 before the eigenvectors enter an update.
-        rectify_root: Björck iterations t2 before they make a root.
-        iterations: orthogonal iterations per update.
-    """
-
-    vectors: Codec
-    codec: Symmetric
-    rectify_update: int = 1
-    rectify_root: int = 4
-    iterations: int = 1
-
-    def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        eye = encode(torch.eye(order, dtype=dtype, device=device), self.vectors)
-        return {
-            "eigenvalues": torch.full((blocks, order), self.initial_scale, dtype=torch.float32, device=device),
-            **put("eigenvectors", {name: part.repeat(blocks, 1, 1) for name, part in eye.items()}),
-            **put("root", self.codec.identity(blocks, order, dtype, device)),
-            **_records(blocks, device),
-        }
-
-    def eigenvectors(self, state: State, rectifications: int, dtype: torch.dtype) -> Tensor:
-        """The eigenvectors as columns, [k, n, n] in ``dtype``."""
-        n = state["eigenvalues"].shape[-1]
-        return rectify(decode(take("eigenvectors", state), self.vectors, n, dtype).mT, rectifications)
-
-    def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self._statistic(state, self.eigenvectors(state, self.rectify_update, dtype))
-
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(take("root", state), dtype)
-
-    def _statistic(self, state: State, v: Tensor) -> Tensor:
-        return symmetrize((v * state["eigenvalues"].to(v.dtype).unsqueeze(-2)) @ v.mT)
-
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        v = self.eigenvectors(state, self.rectify_update, m.dtype)
-        a = self._average(self._statistic(state, v), m, magnitude, state["previous_norm"])
-        values, p, ok = orthogonal_iteration(a, v, self.iterations)
-        return {"eigenvalues": values.float()} | put("eigenvectors", encode(p.mT, self.vectors)), ok & finite(values)
-
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
-        v = self.eigenvectors(state, self.rectify_root, dtype)
-        root = matrix_power(damped(state["eigenvalues"].to(dtype), self.eps), v, -1 / self.power)
-        return put("root", self.codec.encode(root)), finite(root)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Root(Factor):
-    """Only X = A^(-1/p), which is the root and, as A = X^-p, the statistic at once.
-
-    The power compresses the spectrum, so that uniform rounding is harmless everywhere, and X is symmetric, so that one
-    triangle holds it. What is kept is the root of A / r^2 with r^2 = tr(A) / n, and r: the root is then a number near 1
-    at any scale of the gradient, and reading A back to its known trace keeps the rounding errors of X^-p, which all
-    push upwards, from compounding through the average. When A is read, X's eigenvalues are raised to eps^(1/p) of the
-    largest: no true eigenvalue lies below.
-    """
-
-    codec: Symmetric
-    one_period: ClassVar[bool] = True
-
-    def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        rms = torch.full((blocks,), math.sqrt(self.initial_scale), dtype=torch.float32, device=device)
-        return {"rms": rms} | put("root", self.codec.identity(blocks, order, dtype, device)) | _records(blocks, device)
-
-    def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
-        a, _ = self._normalized_statistic(state, dtype)
-        return a * _each(state["rms"].to(dtype).square(), a)
-
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        rms = state["rms"].to(dtype)
-        root = self.codec.decode(take("root", state), dtype)
-        return root * _each(torch.where(rms > 0, rms, 1.0).pow(-2 / self.power), root)
-
-    def _normalized_statistic(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A / r^2, of trace n, or zeros before the first statistic; ok [k]."""
-        values, vectors, ok = eigh(symmetrize(self.codec.decode(take("root", state), dtype)))
-        values = damped(values, self.eps ** (1 / self.power), clamp=True).pow(-self.power)
-        values = values * (values.shape[-1] / values.sum(-1, keepdim=True))
-        a = matrix_power(values, vectors, 1.0)
-        return torch.where(_each(state["rms"] > 0, a), a, 0.0), ok
-
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        rms = state["rms"].to(m.dtype)
-        unit = torch.where(rms > 0, rms, magnitude)
-        a, ok = self._normalized_statistic(state, m.dtype)
-        safe = torch.where(unit > 0, unit, 1.0)
-        a = self._average(a, m, magnitude / safe, state["previous_norm"] / safe)
-        mean = trace(a) / a.shape[-1]
-        root, root_ok = inverse_root(a / _each(torch.where(mean > 0, mean, 1.0), a), self.power, self.eps, clamp=True)
-        return {"rms": (unit * mean.sqrt()).float()} | put("root", self.codec.encode(root)), ok & root_ok

@@ -12,7 +12,7 @@ LAYOUTS = ("triangle", "square")
 
 
 @lru_cache(maxsize=16)
-def _lower(n: int, device: torch.device) -> Tensor:
+def lower(n: int, device: torch.device) -> Tensor:
     """Flat positions of the strict lower triangle of an n x n matrix, row by row: int64 [n (n - 1) / 2]."""
     row, column = torch.tril_indices(n, n, -1, device=device)
     return row * n + column
@@ -47,7 +47,7 @@ class Symmetric:
         """
         diagonal = x.diagonal(dim1=-2, dim2=-1)
         if self.layout == "triangle":
-            rest = x.flatten(-2)[:, _lower(x.shape[-1], x.device)]
+            rest = x.flatten(-2)[:, lower(x.shape[-1], x.device)]
         else:
             rest = x - torch.diag_embed(diagonal)
         return {"diagonal": diagonal.to(self._diagonal_dtype(x.dtype), copy=True), **encode(rest, self.codec)}
@@ -59,7 +59,7 @@ class Symmetric:
         if self.layout == "square":
             return decode(parts, self.codec, n, dtype).diagonal_scatter(diagonal, dim1=-2, dim2=-1)
         rest = decode(parts, self.codec, n * (n - 1) // 2, dtype)
-        x = rest.new_zeros(k, n * n).index_copy_(1, _lower(n, rest.device), rest).unflatten(1, (n, n))
+        x = rest.new_zeros(k, n * n).index_copy_(1, lower(n, rest.device), rest).unflatten(1, (n, n))
         return x + x.mT + torch.diag_embed(diagonal)
 
     def identity(self, k: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:

@@ -1,0 +1,87 @@
+"""A factor as its inverse root alone."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.linalg import damped, each, eigh, finite, inverse_root, matrix_power, symmetrize, trace
+from lowbit_optim.storage.factors import Factor, State, put, records, take
+from lowbit_optim.storage.symmetric import Symmetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root(Factor):
+    """Only X = A^(-1/q), from which the root A^(-1/p) and, as A = X^-q, the statistic are had.
+
+    The power compresses the spectrum, so that uniform rounding is harmless everywhere, and X is symmetric, so that one
+    triangle holds it. What is kept is the root of A / r^2 with r^2 = tr(A) / n, and r: the root is then a number near 1
+    at any scale of the gradient, and reading A back to its known trace keeps the rounding errors of X^-q, which all
+    push upwards, from compounding through the average. When A is read, X's eigenvalues are raised to eps^(1/q) of the
+    largest: no true eigenvalue lies below.
+
+    Args:
+        codec: how X is kept.
+        stored_power: q, a power of two times ``power``; None means ``power``, so that X is the root itself. For study:
+            a larger one compresses the spectrum more, and costs a matrix product per doubling in every step. At
+            infinity X = -log(A / r^2), which costs a matrix exponential.
+    """
+
+    codec: Symmetric
+    stored_power: float | None = None
+    one_period: ClassVar[bool] = True
+
+    def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        start = self.codec.identity(blocks, order, dtype, device)
+        if math.isinf(self._q):
+            start["diagonal"].zero_()
+        rms = torch.full((blocks,), math.sqrt(self.initial_scale), dtype=torch.float32, device=device)
+        return {"rms": rms} | put("root", start) | records(blocks, device)
+
+    def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
+        a, _ = self._normalized_statistic(state, dtype)
+        return a * each(state["rms"].to(dtype).square(), a)
+
+    def root(self, state: State, dtype: torch.dtype) -> Tensor:
+        rms = state["rms"].to(dtype)
+        root = self.codec.decode(take("root", state), dtype)
+        if math.isinf(self._q):
+            root = torch.linalg.matrix_exp(root / self.power)
+        elif self._q != self.power:
+            root = torch.linalg.matrix_power(root, round(self._q / self.power))
+        return root * each(torch.where(rms > 0, rms, 1.0).pow(-2 / self.power), root)
+
+    @property
+    def _q(self) -> float:
+        return self.stored_power or self.power
+
+    def _normalized_statistic(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A / r^2, of trace n, or zeros before the first statistic; ok [k]."""
+        values, vectors, ok = eigh(symmetrize(self.codec.decode(take("root", state), dtype)))
+        if math.isinf(self._q):
+            values = (-values).exp()
+        else:
+            values = damped(values, self.eps ** (1 / self._q), clamp=True).pow(-self._q)
+        values = values * (values.shape[-1] / values.sum(-1, keepdim=True))
+        a = matrix_power(values, vectors, 1.0)
+        return torch.where(each(state["rms"] > 0, a), a, 0.0), ok
+
+    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+        rms = state["rms"].to(m.dtype)
+        unit = torch.where(rms > 0, rms, magnitude)
+        a, ok = self._normalized_statistic(state, m.dtype)
+        safe = torch.where(unit > 0, unit, 1.0)
+        a = self._average(a, m, magnitude / safe, state["previous_norm"] / safe)
+        mean = trace(a) / a.shape[-1]
+        x, x_ok = self._power(a / each(torch.where(mean > 0, mean, 1.0), a))
+        return {"rms": (unit * mean.sqrt()).float()} | put("root", self.codec.encode(x)), ok & x_ok
+
+    def _power(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """X of a normalized A, before coding; ok [k]."""
+        if not math.isinf(self._q):
+            return inverse_root(a, self._q, self.eps, clamp=True)
+        values, vectors, ok = eigh(a)
+        x = (vectors * -damped(values, self.eps, clamp=True).log().unsqueeze(-2)) @ vectors.mT
+        return symmetrize(x), ok & finite(x)
