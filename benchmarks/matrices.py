@@ -22,10 +22,27 @@ def two_level(order: int, large: int, ratio: float, generator: torch.Generator) 
     return values, orthogonal(order, generator)
 
 
-def statistics(order: int, columns: int, condition: float, seeds: range, updates: int) -> Iterator[Tensor]:
-    """M_t = G G^T [seeds, n, n] with G = C^(1/2) Z / sqrt(columns), Z normal, C log-spaced from 1 to 1 / condition."""
+def log_spaced(order: int) -> Tensor:
+    """Eigenvalues [n] from 1 to 1 / 3e4."""
+    return torch.logspace(0, -math.log10(3e4), order, dtype=torch.float64)
+
+
+def power_law(order: int) -> Tensor:
+    """Eigenvalues [n], 1 / i^2."""
+    return torch.arange(1, order + 1, dtype=torch.float64) ** -2.0
+
+
+def spiked(order: int) -> Tensor:
+    """Eigenvalues [n]: a twentieth of them from 1 to 0.1, the rest flat at 1e-3."""
+    values = torch.full((order,), 1e-3, dtype=torch.float64)
+    values[: order // 20] = torch.logspace(0, -1, order // 20, dtype=torch.float64)
+    return values
+
+
+def statistics(levels: Tensor, columns: int, seeds: range, updates: int) -> Iterator[Tensor]:
+    """M_t = G G^T [seeds, n, n] with G = C^(1/2) Z / sqrt(columns), Z normal, C of eigenvalues ``levels`` [n]."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    levels = torch.logspace(0, -math.log10(condition), order, dtype=torch.float64)
+    order = len(levels)
     root = torch.stack([orthogonal(order, g) for g in generators]) * levels.sqrt()
     for _ in range(updates):
         noise = torch.stack([torch.randn(order, columns, generator=g, dtype=torch.float64) for g in generators])

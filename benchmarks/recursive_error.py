@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.matrices import bits_per_element, exact_root, relative_error, statistics
+from benchmarks.matrices import bits_per_element, exact_root, log_spaced, relative_error, statistics
 from benchmarks.report import keep, show
 from lowbit_optim.presets import WANG2024
 from lowbit_optim.storage import Quantization, Symmetric
@@ -20,7 +20,7 @@ from lowbit_optim.storage.eigen import Eigen, Rows
 from lowbit_optim.storage.factors import Dense, Direct, Factor, State
 from lowbit_optim.storage.root import Root
 
-DECAY, CONDITION = 0.95, 3e4
+DECAY = 0.95
 WIDTHS = tuple(bits for bits in BITS if bits <= 8)
 
 
@@ -68,7 +68,7 @@ def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
     for eps in (1e-6, 1e-4):
         for label, factor in forms(eps).items():
             state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
-            for m in statistics(order, order // 4, CONDITION, seeds, 100):
+            for m in statistics(log_spaced(order), order // 4, seeds, 100):
                 a, state = average(a, m), advance(factor, state, m)
             assert a is not None
             size = bits_per_element(factor, order)
@@ -91,7 +91,7 @@ def drift_table(order: int, seeds: range, updates: int) -> list[dict[str, Any]]:
         state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
         ratios: dict[int, list[Tensor]] = {end: [] for end in windows}
         errors: dict[int, list[Tensor]] = {end: [] for end in windows}
-        for t, m in enumerate(statistics(order, order // 4, CONDITION, seeds, updates), 1):
+        for t, m in enumerate(statistics(log_spaced(order), order // 4, seeds, updates), 1):
             a, state = average(a, m), advance(factor, state, m)
             for end in windows:
                 if end - 100 < t <= end and t % 5 == 0:
@@ -111,7 +111,7 @@ def spike_table(order: int, seeds: range) -> list[dict[str, Any]]:
     for label, factor in {**forms, **{f"root: bits={bits}": root_form(bits) for bits in WIDTHS}}.items():
         state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
         row: dict[str, Any] = {"one gradient times 1e6": label}
-        for t, m in enumerate(statistics(order, order // 4, CONDITION, seeds, 56), 1):
+        for t, m in enumerate(statistics(log_spaced(order), order // 4, seeds, 56), 1):
             spike = t == 51
             state = advance(factor, state, m, 1e6 if spike else 1.0)
             a = average(a, m)

@@ -23,7 +23,9 @@ class Shampoo(SecondOrder):
     A parameter is viewed as a (first dim, rest) matrix without its dims of size 1; parameters of rank 0 or 1, and
     groups with ``precondition=False``, get the base optimizer alone. Gradients are preconditioned in place.
 
-    Every keyword can be set per param group. ``state_dict()`` holds plain tensors and numbers under flat names.
+    Every keyword can be set per param group. What says how state is kept (bits, storage, quantization, layout,
+    max_preconditioner_dim, min_quant_size, root_power) must stay as it is once a parameter has taken a step.
+    ``state_dict()`` holds plain tensors and numbers under flat names.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
@@ -32,7 +34,9 @@ class Shampoo(SecondOrder):
         bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
             them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 4.
         storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "eigen" (the
-            paper's rectified eigenvectors), "direct" (the matrices themselves), "dense" (bits=32). Default "root".
+            paper's rectified eigenvectors), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
+            "cholesky-feedback" (a Cholesky factor, without and with error feedback), "direct" (the matrices
+            themselves), "dense" (bits=32). Default "root".
         quantization: a ``Quantization`` that says how codes are made, instead of ``bits`` (unless bits is 32).
         layout: "triangle" or "square" (the paper's): what is kept of a symmetric matrix. Default "triangle".
         precondition: False leaves the group to the base optimizer. Default True.
