@@ -39,11 +39,24 @@ def spiked(order: int) -> Tensor:
     return values
 
 
-def statistics(levels: Tensor, columns: int, seeds: range, updates: int) -> Iterator[Tensor]:
-    """M_t = G G^T [seeds, n, n] with G = C^(1/2) Z / sqrt(columns), Z normal, C of eigenvalues ``levels`` [n]."""
+def uneven(order: int, spread: float = 2.0) -> Tensor:
+    """Scales [n] of rows, spread evenly over so many powers of ten, in no order."""
+    where = torch.rand(order, generator=torch.Generator().manual_seed(order), dtype=torch.float64)
+    return 10 ** (spread * (where - 1))
+
+
+def statistics(
+    levels: Tensor, columns: int, seeds: range, updates: int, scales: Tensor | None = None
+) -> Iterator[Tensor]:
+    """M_t = G G^T [seeds, n, n] with G = C^(1/2) Z / sqrt(columns), Z normal, C of eigenvalues ``levels`` [n].
+
+    With ``scales`` [n], the rows of G are multiplied with them.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     order = len(levels)
     root = torch.stack([orthogonal(order, g) for g in generators]) * levels.sqrt()
+    if scales is not None:
+        root = root * scales[:, None]
     for _ in range(updates):
         noise = torch.stack([torch.randn(order, columns, generator=g, dtype=torch.float64) for g in generators])
         gradient = root @ noise / math.sqrt(columns)

@@ -8,6 +8,8 @@ refresh, over that of the dense form in the same run.
 
 import argparse
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +18,16 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.matrices import bits_per_element, exact_root, log_spaced, power_law, relative_error, spiked, statistics
+from benchmarks.matrices import (
+    bits_per_element,
+    exact_root,
+    log_spaced,
+    power_law,
+    relative_error,
+    spiked,
+    statistics,
+    uneven,
+)
 from benchmarks.plots import pareto
 from benchmarks.recursive_error import advance, average, fourth_root
 from benchmarks.report import RESULTS, keep, show
@@ -51,6 +62,7 @@ def forms() -> dict[str, Factor]:
         codec = Symmetric(Quantization(bits, codebook, double=True, scale="absmax" if bits == 8 else "fitted"))
         for name, power in (("8th", 8.0), ("32nd", 32.0), ("logarithm", float("inf"))):
             rows[f"root {bits / 2:g}, kept as {name}"] = Root(codec=codec, stored_power=power)
+        rows[f"root {bits / 2:g}, correlations"] = Root(codec=replace(codec, correlations=True))
     return rows
 
 
@@ -63,12 +75,12 @@ def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
 
 
 def recursive_error(
-    factor: Factor, levels: Tensor, columns: int, seeds: range, updates: int
+    factor: Factor, stream: Iterable[Tensor], seeds: range, order: int, updates: int
 ) -> tuple[float, float, list[float]]:
     """The error after ``updates``, the drift (its ratio to that after 100), and the CPU seconds of each update."""
-    state, a = factor.init(len(seeds), len(levels), torch.float32, "cpu"), None
+    state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
     errors, seconds = {}, []
-    for t, m in enumerate(statistics(levels, columns, seeds, updates), 1):
+    for t, m in enumerate(stream, 1):
         a = average(a, m)
         began = time.process_time()
         state = advance(factor, state, m)
@@ -78,6 +90,16 @@ def recursive_error(
     return errors[updates], errors[updates] / errors[min(100, updates)], seconds
 
 
+def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[str, Iterator[Tensor]]:
+    """The streams of statistics, by the name of their column."""
+    named = {}
+    for name in spectra:
+        for noise, columns in (("", order // 4), (", noisy", order // 16)):
+            named[f"{name}{noise}"] = statistics(SPECTRA[name](order), columns, seeds, updates)
+    named["uneven rows"] = statistics(log_spaced(order), order // 4, seeds, updates, uneven(order))
+    return named
+
+
 def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
     """One row a form."""
     rows, dense = [], 1.0
@@ -85,13 +107,10 @@ def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[
         row: dict[str, Any] = {"form": label, "bits": bits_per_element(factor, order)}
         row["static"] = static_error(factor, log_spaced(order), seeds)
         seconds: list[float] = []
-        for name in spectra:
-            for noise, columns in (("", order // 4), (", noisy", order // 16)):
-                error, drift, spent = recursive_error(factor, SPECTRA[name](order), columns, seeds, updates)
-                row[f"{name}{noise}"] = error
-                seconds += spent
-                if name == "log-spaced" and not noise:
-                    row["drift"] = drift
+        for name, stream in streams(order, seeds, updates, spectra).items():
+            row[name], drift, spent = recursive_error(factor, stream, seeds, order, updates)
+            row.setdefault("drift", drift)
+            seconds += spent
         dense = median(seconds) if label == "dense" else dense
         row["update / dense"] = median(seconds) / dense
         rows.append(row)

@@ -269,7 +269,11 @@ def test_a_description_is_json_and_tells_forms_apart():
     linear2 = {"bits": 4, "codebook": "linear-2", "block_size": 64, "double": False, "scale": "absmax"}
     described = FORMS["eigen of the paper"].describe()
     assert (described["form"], described["vectors"]) == ("eigen", {"codec": linear2})
-    assert FORMS["root 8"].describe()["codec"] == {"codec": "bfloat16", "layout": "triangle"}
+    assert FORMS["root 8"].describe()["codec"] == {
+        "codec": "bfloat16",
+        "layout": "triangle",
+        "correlations": False,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- oracles
