@@ -339,3 +339,20 @@ def test_each_trouble_is_said_once(monkeypatch, caplog):
     train(model, optimizer, range(6))
     assert [message.split()[1] for message in caplog.messages] == ["gradient", "matrix"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bits": 2}, {"bits": 3}, {"bits": 32}, {"storage": "direct"}, {"layout": "square"}, {"min_quant_size": 9999}],
+)
+def test_settings_that_no_longer_fit_the_state(change):
+    """Nothing has changed after the error, and the old settings go on."""
+    model, optimizer = run(shampoo, 3)
+    before, old = copies(optimizer), {key: optimizer.param_groups[0][key] for key in change}
+    backward(model, 3)
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match="no longer fit"):
+        optimizer.step()
+    optimizer.param_groups[0].update(old)
+    assert same(copies(optimizer), before)
+    optimizer.step()

@@ -100,18 +100,13 @@ class SecondOrder(Optimizer):
 
         Raises:
             TypeError: a sparse gradient; nothing has changed then.
+            ValueError: a group's settings were changed so that its state no longer fits; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"a gradient of shape {tuple(parameter.shape)} is {parameter.grad.layout}; only dense "
-                        "gradients can be preconditioned: build the embedding with sparse=False"
-                    )
+        self._check_step()
         self._create_state(only_with_gradient=True)
         self._watch(self.preconditioner.step(self.param_groups, self.state))
         self._step_base()
@@ -214,6 +209,24 @@ class SecondOrder(Optimizer):
         for key in group.keys() - self.defaults.keys() - {"params", "param_names"}:
             for meant in difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.85):
                 raise TypeError(f"param group has the unknown key {key!r}; did you mean {meant!r}?")
+
+    def _check_step(self) -> None:
+        for group in self.param_groups:
+            known = [p for p in group["params"] if "left.failures" in self.state.get(p, {})]
+            for parameter in known[:1]:  # all of a group share its settings
+                own = self.state[parameter]
+                for key, (shape, dtype) in self.preconditioner.layout(parameter, group).items():
+                    if key not in own or own[key].shape != shape or own[key].dtype != dtype:
+                        raise ValueError(
+                            f"a param group's settings no longer fit its state ({key}): bits, storage, quantization, "
+                            "layout, max_preconditioner_dim and min_quant_size must stay as at the first step"
+                        )
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"a gradient of shape {tuple(parameter.shape)} is {parameter.grad.layout}; only dense "
+                        "gradients can be preconditioned: build the embedding with sparse=False"
+                    )
 
     def _parameters(self) -> list[tuple[Tensor, Group]]:
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]

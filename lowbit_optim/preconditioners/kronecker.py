@@ -125,6 +125,17 @@ def group_form(group: Group, order: int) -> Factor:
     )
 
 
+@lru_cache
+def _layout(cut: Blocking, forms: Forms, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor that the factors of a parameter keep."""
+    tensors = {
+        f"{side}.{name}": tensor
+        for side, factor, order in zip(SIDES, forms, (cut.rows, cut.columns), strict=True)
+        for name, tensor in factor.init(cut.count, order, dtype, "meta").items()
+    }
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+
+
 def working_dtype(parameter: Tensor) -> torch.dtype:
     """float64 for float64 parameters, else float32."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -153,6 +164,14 @@ class KroneckerPreconditioner(ABC):
         if not group["precondition"]:
             return None
         return blocking(tuple(parameter.shape), group["max_preconditioner_dim"])
+
+    def layout(self, parameter: Tensor, group: Group) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every factor tensor in the state of a parameter of the group."""
+        cut = self.blocking(parameter, group)
+        if cut is None:
+            return {}
+        forms = Forms(group_form(group, cut.rows), group_form(group, cut.columns))
+        return _layout(cut, forms, working_dtype(parameter))
 
     def init_state(
         self, parameter: Tensor, group: Group, device: torch.device | str | None = None
