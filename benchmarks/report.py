@@ -45,7 +45,7 @@ def show(title: str, rows: list[dict[str, Any]], note: str = "") -> None:
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console = Console()
-    Console(width=max(console.width, 110)).print(table)
+    Console(width=max(console.width, 110, 30 + 11 * len(rows[0]))).print(table)
 
 
 def keep(name: str, tables: dict[str, list[dict[str, Any]]]) -> None:
