@@ -18,7 +18,7 @@ from lowbit_optim.optimizers.settings import (
     check_group,
     plain_quantization,
 )
-from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_form
+from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_forms
 
 logger = logging.getLogger("lowbit_optim")
 
@@ -130,10 +130,8 @@ class SecondOrder(Optimizer):
         for index, (parameter, group) in enumerate(self._parameters()):
             cut = self.preconditioner.blocking(parameter, group)
             if parameter in self.state and cut is not None:
-                codecs[index] = {
-                    "left": group_form(group, cut.rows).describe(),
-                    "right": group_form(group, cut.columns).describe(),
-                }
+                forms = group_forms(group, cut)
+                codecs[index] = {"left": forms.left.describe(), "right": forms.right.describe()}
         return codecs
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -212,8 +210,8 @@ class SecondOrder(Optimizer):
 
     def _check_step(self) -> None:
         for group in self.param_groups:
-            known = [p for p in group["params"] if "left.failures" in self.state.get(p, {})]
-            for parameter in known[:1]:  # all of a group share its settings
+            known = (p for p in group["params"] if "left.failures" in self.state.get(p, {}))
+            if (parameter := next(known, None)) is not None:  # all of a group share its settings
                 own = self.state[parameter]
                 for key, (shape, dtype) in self.preconditioner.layout(parameter, group).items():
                     if key not in own or own[key].shape != shape or own[key].dtype != dtype:
@@ -246,18 +244,18 @@ class SecondOrder(Optimizer):
         own = {key: value for key, value in state.items() if not key.startswith(_BASE)}
         # Factors stay where they are while a group does without them.
         group = {**group, "precondition": group["precondition"] or "left.failures" in own}
-        expected = self.preconditioner.init_state(parameter, group, "meta")
+        expected = self.preconditioner.layout(parameter, group)
         where = f"parameter {index} of shape {tuple(parameter.shape)}"
         if own.keys() != expected.keys():
             wrong = ", ".join(sorted(own.keys() ^ expected.keys()))
             raise ValueError(
                 f"{where}: the state dict and the optimizer's settings do not have the same tensors: {wrong}"
             )
-        for key, tensor in expected.items():
+        for key, (shape, dtype) in expected.items():
             got = own[key]
-            if not isinstance(got, Tensor) or got.shape != tensor.shape or got.dtype != tensor.dtype:
+            if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
                 got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
-                raise ValueError(f"{where}: {key} is {got}; it must be {tensor.dtype} {list(tensor.shape)}")
+                raise ValueError(f"{where}: {key} is {got}; it must be {dtype} {list(shape)}")
         for key in _MOMENTS:
             moment = state.get(_BASE + key)
             if isinstance(moment, Tensor) and moment.shape != parameter.shape:

@@ -125,15 +125,23 @@ def group_form(group: Group, order: int) -> Factor:
     )
 
 
+def group_forms(group: Group, cut: Blocking) -> Forms:
+    """The forms in which a group keeps the factors of a block."""
+    return Forms(group_form(group, cut.rows), group_form(group, cut.columns))
+
+
+def _factors(
+    cut: Blocking, forms: Forms, dtype: torch.dtype, device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a parameter's factors before the first update, by their names in its state."""
+    for side, factor, order in zip(SIDES, forms, (cut.rows, cut.columns), strict=True):
+        for name, tensor in factor.init(cut.count, order, dtype, device).items():
+            yield f"{side}.{name}", tensor
+
+
 @lru_cache
-def _layout(cut: Blocking, forms: Forms, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of every tensor that the factors of a parameter keep."""
-    tensors = {
-        f"{side}.{name}": tensor
-        for side, factor, order in zip(SIDES, forms, (cut.rows, cut.columns), strict=True)
-        for name, tensor in factor.init(cut.count, order, dtype, "meta").items()
-    }
-    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+def _factor_layout(cut: Blocking, forms: Forms, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in _factors(cut, forms, dtype, "meta")}
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -144,7 +152,7 @@ def working_dtype(parameter: Tensor) -> torch.dtype:
 class KroneckerPreconditioner(ABC):
     """Preconditions the gradients of param groups in place; keeps no state of its own.
 
-    A group's settings are the keywords of ``optimizers.second_order.SecondOrder``. The state of a parameter:
+    A group's settings are those of ``optimizers.settings``. The state of a parameter:
 
     * "step": int64 scalar on the CPU, steps in which the parameter had a gradient;
     * "nonfinite": int64 scalar, gradient blocks that were replaced by zeros;
@@ -166,27 +174,23 @@ class KroneckerPreconditioner(ABC):
         return blocking(tuple(parameter.shape), group["max_preconditioner_dim"])
 
     def layout(self, parameter: Tensor, group: Group) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every factor tensor in the state of a parameter of the group."""
+        """Shape and dtype of every tensor in the state of a parameter of the group."""
+        counters = dict.fromkeys(("step", "nonfinite"), (torch.Size(), torch.int64))
         cut = self.blocking(parameter, group)
         if cut is None:
-            return {}
-        forms = Forms(group_form(group, cut.rows), group_form(group, cut.columns))
-        return _layout(cut, forms, working_dtype(parameter))
+            return counters
+        return counters | _factor_layout(cut, group_forms(group, cut), working_dtype(parameter))
 
-    def init_state(
-        self, parameter: Tensor, group: Group, device: torch.device | str | None = None
-    ) -> dict[str, Tensor]:
-        """The state of a parameter before its first step, on ``device`` (default: the parameter's)."""
-        device = parameter.device if device is None else device
+    def init_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
+        """The state of a parameter before its first step."""
+        device = parameter.device
         state = {
-            "step": torch.zeros((), dtype=torch.int64, device="meta" if str(device) == "meta" else "cpu"),
+            "step": torch.zeros((), dtype=torch.int64, device="cpu"),
             "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
         }
         cut = self.blocking(parameter, group)
         if cut is not None:
-            for side, order in zip(SIDES, (cut.rows, cut.columns), strict=True):
-                tensors = group_form(group, order).init(cut.count, order, working_dtype(parameter), device)
-                state |= {f"{side}.{name}": tensor for name, tensor in tensors.items()}
+            state |= _factors(cut, group_forms(group, cut), working_dtype(parameter), device)
         return state
 
     @torch.no_grad()
@@ -219,7 +223,7 @@ class KroneckerPreconditioner(ABC):
                 cut = self.blocking(parameter, group)
                 if cut is None:
                     continue
-                forms = Forms(group_form(group, cut.rows), group_form(group, cut.columns))
+                forms = group_forms(group, cut)
                 due = _due(int(own["step"]), group, forms)
                 settings = (forms, due, group["graft"], group["workspace"], working_dtype(parameter))
                 key = (cut.rows, cut.columns, parameter.device, settings)
