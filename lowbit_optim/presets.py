@@ -1,9 +1,12 @@
-"""Keywords that reproduce published settings: ``Shampoo(params, lr=1e-3, **presets.WANG2024)``."""
+"""Published settings as keywords, ``Shampoo(params, lr=1e-3, **presets.WANG2024)``, and the default budget."""
 
 import math
 from types import MappingProxyType
 
 from lowbit_optim.storage import Quantization
+
+# Of every second-order optimizer here: the smallest budget that passes benchmarks.convergence (docs/default.md).
+DEFAULT_BITS: float = 2
 
 # 4-bit Shampoo as Wang, Zhou, Li and Huang (NeurIPS 2024) describe it: rectified 4-bit eigenvectors, roots as 4-bit
 # off-diagonal squares, linear-2, blocks of 64 with float32 scales, A_0 = eps I. Sides above 1200 are cut into equal

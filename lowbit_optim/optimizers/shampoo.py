@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.second_order import SecondOrder
 from lowbit_optim.preconditioners.shampoo import ShampooPreconditioner
+from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
 
 
@@ -32,7 +33,7 @@ class Shampoo(SecondOrder):
         lr: learning rate, handed to the base. Default 1e-3.
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
         bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
-            them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 4.
+            them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 2.
         storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "eigen" (the
             paper's rectified eigenvectors), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
             "cholesky-feedback" (a Cholesky factor, without and with error feedback), "direct" (the matrices
@@ -80,7 +81,7 @@ class Shampoo(SecondOrder):
         lr: Any = 1e-3,
         *,
         base: str | type[Optimizer] = "adamw",
-        bits: float = 4,
+        bits: float = DEFAULT_BITS,
         storage: str = "root",
         quantization: Quantization | None = None,
         layout: str = "triangle",
