@@ -1,9 +1,13 @@
-"""Every storage form: its bits, its error after one coding and after many updates, and what an update costs.
+"""Every storage form: its bits, its error after one coding and after many updates, what an update costs, and its drift.
 
 The recursive error is that of A^(-1/4) against a float64 moving average of the same statistics, at the form's own rule
 for small eigenvalues, after a number of updates A <- 0.95 A + 0.05 G G^T. Bits count everything that the form keeps of
-one factor, statistic and root. Figures are means over streams; a cost is the median CPU time of an update with its
-refresh, over that of the dense form in the same run.
+one factor, statistic and root. Figures are means over streams; a cost is the median time of an update with its refresh
+(of the CPU, or of the GPU that --device names), over that of the dense form in the same run. Up to order 128 every form
+and every stream is measured, above it the main ones.
+
+    python -m benchmarks.storage                                      # orders 128 and 384, and the drift
+    python -m benchmarks.storage --orders 1200 --updates 60 --spectra log-spaced --seeds 1 --drift-updates 0
 """
 
 import argparse
@@ -29,7 +33,7 @@ from benchmarks.matrices import (
     uneven,
 )
 from benchmarks.plots import pareto
-from benchmarks.recursive_error import advance, average, fourth_root
+from benchmarks.recursive_error import WIDTHS, advance, average, fourth_root, root_form, top_ratio
 from benchmarks.report import RESULTS, keep, show
 from lowbit_optim.presets import WANG2024
 from lowbit_optim.storage import Quantization, Symmetric
@@ -41,8 +45,12 @@ SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
 PAPER = {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
 RECTIFY = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
 
+STUDY_ORDER = 128  # above it, only the main forms and streams
+BUDGETS = (4.2, 2.2)  # bits per element, everything counted, within which the least error is named
+WINDOW = 50  # updates that a figure of the drift is a mean over
 
-def forms() -> dict[str, Factor]:
+
+def forms(order: int) -> dict[str, Factor]:
     """What is compared, by the name of its row."""
     linear2 = Quantization(4, "linear-2")
     rows: dict[str, Factor] = {
@@ -50,15 +58,12 @@ def forms() -> dict[str, Factor]:
         "eigen, the paper": form("eigen", 4, linear2, "square", True, **RECTIFY, **PAPER),
         "direct, naive": form("direct", 4, linear2, "square", True, **RECTIFY, **PAPER),
     }
-    for storage, budgets in {
-        "eigen": (8, 4, 3),
-        "reflector": (4, 2),
-        "cholesky": (4, 2),
-        "cholesky-feedback": (4, 2),
-        "root": (8, 4, 3, 2, 1.5, 1),
-    }.items():
+    study = order <= STUDY_ORDER
+    main: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), "root": WIDTHS}
+    more = {"eigen": (8, 4, 3), "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2), "root": WIDTHS}
+    for storage, budgets in (more if study else main).items():
         rows |= {f"{storage} {bits}": form(storage, bits, None, "triangle", True, **RECTIFY) for bits in budgets}
-    for bits, codebook in ((8, "linear"), (4, "nf"), (2, "nf")):
+    for bits, codebook in ((8, "linear"), (4, "nf"), (2, "nf")) if study else ():
         codec = Symmetric(Quantization(bits, codebook, double=True, scale="absmax" if bits == 8 else "fitted"))
         for name, power in (("8th", 8.0), ("32nd", 32.0), ("logarithm", float("inf"))):
             rows[f"root {bits / 2:g}, kept as {name}"] = Root(codec=codec, stored_power=power)
@@ -66,50 +71,59 @@ def forms() -> dict[str, Factor]:
     return rows
 
 
-def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
+def static_error(factor: Factor, levels: Tensor, seeds: range, device: str) -> float:
     """The error of the root after the first statistic, which is of full rank and known exactly."""
     (m,) = statistics(levels, 4 * len(levels), seeds, 1)
-    state = advance(factor, factor.init(len(seeds), len(levels), torch.float32, "cpu"), m)
+    state = advance(factor, factor.init(len(seeds), len(levels), torch.float32, device), m.to(device))
     a = factor.initial_scale * 0.95 * torch.eye(len(levels)) + 0.05 * m if factor.initial_scale else m
-    return relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
+    return relative_error(fourth_root(factor, state).cpu(), exact_root(a, factor)).mean().item()
+
+
+def seconds_of(device: str) -> float:
+    """The CPU's time, or the clock when the GPU has done what it was told."""
+    if torch.device(device).type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def recursive_error(
-    factor: Factor, stream: Iterable[Tensor], seeds: range, order: int, updates: int
-) -> tuple[float, float, list[float]]:
-    """The error after ``updates``, the drift (its ratio to that after 100), and the CPU seconds of each update."""
-    state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
-    errors, seconds = {}, []
-    for t, m in enumerate(stream, 1):
+    factor: Factor, stream: Iterable[Tensor], seeds: range, order: int, device: str
+) -> tuple[float, list[float]]:
+    """The error after the last update, and the seconds of each."""
+    state, a = factor.init(len(seeds), order, torch.float32, device), None
+    seconds = []
+    for m in stream:
         a = average(a, m)
-        began = time.process_time()
+        m = m.to(device)
+        began = seconds_of(device)
         state = advance(factor, state, m)
-        seconds.append(time.process_time() - began)
-        if t in (min(100, updates), updates):
-            errors[t] = relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
-    return errors[updates], errors[updates] / errors[min(100, updates)], seconds
+        seconds.append(seconds_of(device) - began)
+    assert a is not None
+    return relative_error(fourth_root(factor, state).cpu(), exact_root(a, factor)).mean().item(), seconds
 
 
 def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[str, Iterator[Tensor]]:
     """The streams of statistics, by the name of their column."""
     named = {}
     for name in spectra:
-        for noise, columns in (("", order // 4), (", noisy", order // 16)):
-            named[f"{name}{noise}"] = statistics(SPECTRA[name](order), columns, seeds, updates)
-    named["uneven rows"] = statistics(log_spaced(order), order // 4, seeds, updates, uneven(order))
+        named[name] = statistics(SPECTRA[name](order), order // 4, seeds, updates)
+        if order <= STUDY_ORDER:
+            named[f"{name}, noisy"] = statistics(SPECTRA[name](order), order // 16, seeds, updates)
+    if order <= STUDY_ORDER:
+        named["uneven rows"] = statistics(log_spaced(order), order // 4, seeds, updates, uneven(order))
     return named
 
 
-def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
+def measure(order: int, seeds: range, updates: int, spectra: list[str], device: str) -> list[dict[str, Any]]:
     """One row a form."""
     rows, dense = [], 1.0
-    for label, factor in track(forms().items(), f"order {order}", transient=True):
+    for label, factor in track(forms(order).items(), f"order {order}", transient=True):
         row: dict[str, Any] = {"form": label, "bits": bits_per_element(factor, order)}
-        row["static"] = static_error(factor, log_spaced(order), seeds)
+        row["static"] = static_error(factor, log_spaced(order), seeds, device)
         seconds: list[float] = []
         for name, stream in streams(order, seeds, updates, spectra).items():
-            row[name], drift, spent = recursive_error(factor, stream, seeds, order, updates)
-            row.setdefault("drift", drift)
+            row[name], spent = recursive_error(factor, stream, seeds, order, device)
             seconds += spent
         dense = median(seconds) if label == "dense" else dense
         row["update / dense"] = median(seconds) / dense
@@ -117,21 +131,70 @@ def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[
     return rows
 
 
+def least(rows: list[dict[str, Any]], spectra: list[str]) -> list[dict[str, Any]]:
+    """Within each of BUDGETS the form of least error, on each spectrum, beside the paper's."""
+    paper = next(row for row in rows if row["form"] == "eigen, the paper")
+    best = []
+    for budget in BUDGETS:
+        for spectrum in spectra:
+            row = min((r for r in rows if r["bits"] <= budget), key=lambda r: r[spectrum], default=None)
+            if row is not None:
+                share = {"form": row["form"], "bits": row["bits"], "error": row[spectrum], "paper": paper[spectrum]}
+                best.append({"bits at most": budget, "spectrum": spectrum, **share})
+    return best
+
+
+def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
+    """The root form's error and largest eigenvalue (over the true one) after 100 updates and after ``updates``.
+
+    A figure is the mean over the streams and over the 50 updates around 100, or before the last.
+    """
+    rows = []
+    ends = (100 + WINDOW // 2, updates)
+    for bits, spectrum in track([(b, s) for b in WIDTHS for s in spectra], f"drift, order {order}", transient=True):
+        factor = root_form(bits)
+        state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+        ratios: dict[int, list[Tensor]] = {end: [] for end in ends}
+        errors: dict[int, list[Tensor]] = {end: [] for end in ends}
+        for t, m in enumerate(statistics(SPECTRA[spectrum](order), order // 4, seeds, updates), 1):
+            a, state = average(a, m), advance(factor, state, m)
+            for end in ends:
+                if end - WINDOW < t <= end and t % 2 == 0:
+                    ratios[end].append(top_ratio(factor, state, a).log())
+                    errors[end].append(relative_error(fourth_root(factor, state), exact_root(a, factor)))
+        error = [torch.stack(errors[end]).mean().item() for end in ends]
+        ratio = [torch.stack(ratios[end]).mean().exp().item() for end in ends]
+        row: dict[str, Any] = {"root form": f"bits={bits}", "spectrum": spectrum}
+        row |= {"error at 100": error[0], f"at {updates}": error[1], "quotient": error[1] / error[0]}
+        row |= {"top eigenvalue at 100": ratio[0], f"top at {updates}": ratio[1], "its quotient": ratio[1] / ratio[0]}
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--orders", type=int, nargs="+", default=[128, 384], help="orders (default 128 384)")
-    parser.add_argument("--updates", type=int, default=300, help="updates of each stream (default 300)")
-    parser.add_argument("--seeds", type=int, default=3, help="streams per figure (default 3)")
-    parser.add_argument("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the PNG (default benchmarks/results)")
+    add = parser.add_argument
+    add("--orders", type=int, nargs="*", default=[128, 384], help="orders (default 128 384)")
+    add("--updates", type=int, default=300, help="updates of each stream (default 300)")
+    add("--seeds", type=int, default=2, help="streams per figure (default 2)")
+    add("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
+    add("--device", default="cpu", help="where the forms are kept and updated (default cpu)")
+    add("--drift-order", type=int, default=128, help="order of the drift's matrices (default 128)")
+    add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
+    add("--out", type=Path, default=RESULTS, help="folder of the PNGs (default benchmarks/results)")
     args = parser.parse_args()
-    tables = {}
+    seeds = range(args.seeds)
     for order in args.orders:
-        rows = measure(order, range(args.seeds), args.updates, args.spectra)
-        tables[f"order {order}"] = rows
+        rows = measure(order, seeds, args.updates, args.spectra, args.device)
+        best = least(rows, args.spectra)
         show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} streams", rows)
-        keep("storage", tables)
+        show(f"Least error within a budget, order {order}", best)
+        keep(f"storage-{order}", {f"order {order}": rows, "least": best})
         pareto([(r["form"], r["bits"], r[args.spectra[0]]) for r in rows], args.out / f"storage-{order}.png", order)
+    if args.drift_updates:
+        rows = drift(args.drift_order, seeds, args.drift_updates, args.spectra)
+        show(f"Drift of the root form, order {args.drift_order}, mean of {args.seeds} streams", rows)
+        keep(f"storage-drift-{args.drift_order}", {"drift": rows})
 
 
 if __name__ == "__main__":
