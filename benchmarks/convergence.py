@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -45,7 +45,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "wang2024": {**WANG2024, **EVERY_10},
     "naive-4": {**NAIVE, "initial_scale": 1e-6, "statistic_limit": math.inf, "matrix_eps": 1e-6, **EVERY_10},
     "root-4": {"bits": 4, **ROOT},
-    "root-3": {"bits": 3, **ROOT},
     "root-2": {"bits": 2, **ROOT},
     "root-1.5": {"bits": 1.5, **ROOT},
     "root-1": {"bits": 1, **ROOT},
@@ -86,7 +85,7 @@ class Run:
         keywords = {name: report.plain(value) for name, value in sorted(self.keywords.items())}
         return {**asdict(self), "keywords": keywords}
 
-    @property
+    @cached_property
     def key(self) -> str:
         return key(self.describe())
 
@@ -211,8 +210,8 @@ def execute(plan: Plan, known: Records, path: Path, folder: Path, jobs: int, unt
 
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(queue,))
     with pool, report.Bars() as bars:
+        runs = plan.runs(known)
         while True:
-            runs = plan.runs(known)
             while len(busy) < jobs and time.monotonic() < until and (run := next_run(runs)):
                 bars.start(run.key, f"{run.task} {run.method} {run.lr:g} seed {run.seed}", run.steps)
                 busy[pool.submit(work, run, folder)] = run
@@ -231,6 +230,8 @@ def execute(plan: Plan, known: Records, path: Path, folder: Path, jobs: int, unt
                 report.append_line(path, record)
                 known[run.key] = record
                 bars.end(run.key, f"loss {loss(record):.4f}, {record['seconds']:.1f} CPU s")
+            if ended:
+                runs = plan.runs(known)
             bars.count(sum(run.key in known for run in runs), len(runs))
 
 
