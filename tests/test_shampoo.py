@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lowbit_optim import Quantization, Shampoo, presets
+from lowbit_optim.demo.worker import GPT
 from tests import oracles
 from tests.contract import random, same
 
@@ -13,7 +14,7 @@ WANG = {**presets.WANG2024, "statistics_frequency": 2, "precondition_frequency":
 SHAPE = (192, 128)
 STORAGES = {
     "root": {},
-    "root-2-bits": {"bits": 2},
+    "root-4-bits": {"bits": 4},
     "direct": {"storage": "direct", "precondition_frequency": 4},
     "dense": {"bits": 32, "precondition_frequency": 4},
     "eigen": WANG,
@@ -43,6 +44,22 @@ def deviation(history, expected, start):
     """The largest error of any step, relative to the distance moved until then."""
     pairs = zip(history, expected, strict=True)
     return max(np.linalg.norm(p - q) / np.linalg.norm(q - start) for p, q in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ bytes
+
+
+def preconditioner_bytes(**settings):
+    """Of the demo's model on its default text."""
+    optimizer = Shampoo(GPT(vocabulary=104).parameters(), **settings)
+    optimizer.init_state()
+    own = [(key, part) for state in optimizer.state.values() for key, part in state.items()]
+    return sum(part.nbytes for key, part in own if key.startswith(("left.", "right.")))
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, 1 / 4), ({"bits": 1}, 0.14)], ids=["default", "1 bit"])
+def test_the_state_beside_that_of_the_paper(settings, share):
+    assert 0 < preconditioner_bytes(**settings) <= share * preconditioner_bytes(**presets.WANG2024)
 
 
 # ------------------------------------------------------------------------------------------------ the paper
