@@ -53,7 +53,7 @@ def fourth_root(factor: Factor, state: State) -> Tensor:
 
 def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> State:
     """One update, and a refresh where the form has one."""
-    state = factor.update(state, m.float(), torch.full((len(m),), magnitude))
+    state = factor.update(state, m.float(), torch.full((len(m),), magnitude, device=m.device))
     return state if factor.one_period else factor.refresh(state, torch.float32)
 
 

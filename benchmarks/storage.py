@@ -2,8 +2,8 @@
 
 The recursive error is that of A^(-1/4) against a float64 moving average of the same statistics, at the form's own rule
 for small eigenvalues, after a number of updates A <- 0.95 A + 0.05 G G^T. Bits count everything that the form keeps of
-one factor, statistic and root. Figures are means over streams; a cost is the median time of an update with its refresh
-(of the CPU, or of the GPU that --device names), over that of the dense form in the same run. Up to order 128 every form
+one factor, statistic and root. Figures are means over streams; a cost is the median time of an update with its refresh,
+of the CPU and, where there is one, on the GPU, over that of the dense form in the same run. Up to order 128 every form
 and every stream is measured, above it the main ones.
 
     python -m benchmarks.storage                                      # orders 128 and 384, and the drift
@@ -71,36 +71,39 @@ def forms(order: int) -> dict[str, Factor]:
     return rows
 
 
-def static_error(factor: Factor, levels: Tensor, seeds: range, device: str) -> float:
+def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
     """The error of the root after the first statistic, which is of full rank and known exactly."""
     (m,) = statistics(levels, 4 * len(levels), seeds, 1)
-    state = advance(factor, factor.init(len(seeds), len(levels), torch.float32, device), m.to(device))
+    state = advance(factor, factor.init(len(seeds), len(levels), torch.float32, "cpu"), m)
     a = factor.initial_scale * 0.95 * torch.eye(len(levels)) + 0.05 * m if factor.initial_scale else m
-    return relative_error(fourth_root(factor, state).cpu(), exact_root(a, factor)).mean().item()
+    return relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
 
 
-def seconds_of(device: str) -> float:
-    """The CPU's time, or the clock when the GPU has done what it was told."""
-    if torch.device(device).type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def recursive_error(
-    factor: Factor, stream: Iterable[Tensor], seeds: range, order: int, device: str
-) -> tuple[float, list[float]]:
-    """The error after the last update, and the seconds of each."""
-    state, a = factor.init(len(seeds), order, torch.float32, device), None
+def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, order: int) -> tuple[float, list[float]]:
+    """The error after the last update, and the CPU seconds of each."""
+    state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
     seconds = []
     for m in stream:
         a = average(a, m)
-        m = m.to(device)
-        began = seconds_of(device)
+        began = time.process_time()
         state = advance(factor, state, m)
-        seconds.append(seconds_of(device) - began)
+        seconds.append(time.process_time() - began)
     assert a is not None
-    return relative_error(fourth_root(factor, state).cpu(), exact_root(a, factor)).mean().item(), seconds
+    return relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item(), seconds
+
+
+def gpu_seconds(factor: Factor, order: int, seeds: range) -> float:
+    """The median time of an update on the GPU."""
+    state = factor.init(len(seeds), order, torch.float32, "cuda")
+    seconds = []
+    for m in list(statistics(log_spaced(order), order // 4, seeds, 12)):
+        m = m.to("cuda")
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        state = advance(factor, state, m)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
 
 
 def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[str, Iterator[Tensor]]:
@@ -115,19 +118,22 @@ def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[
     return named
 
 
-def measure(order: int, seeds: range, updates: int, spectra: list[str], device: str) -> list[dict[str, Any]]:
+def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
     """One row a form."""
-    rows, dense = [], 1.0
+    rows: list[dict[str, Any]] = []
+    dense: dict[str, float] = {}
     for label, factor in track(forms(order).items(), f"order {order}", transient=True):
         row: dict[str, Any] = {"form": label, "bits": bits_per_element(factor, order)}
-        row["static"] = static_error(factor, log_spaced(order), seeds, device)
+        row["static"] = static_error(factor, log_spaced(order), seeds)
         seconds: list[float] = []
         for name, stream in streams(order, seeds, updates, spectra).items():
-            row[name], spent = recursive_error(factor, stream, seeds, order, device)
+            row[name], spent = recursive_error(factor, stream, seeds, order)
             seconds += spent
-        dense = median(seconds) if label == "dense" else dense
-        row["update / dense"] = median(seconds) / dense
-        rows.append(row)
+        costs = {"update / dense": median(seconds)}
+        if torch.cuda.is_available():
+            costs["on the GPU"] = gpu_seconds(factor, order, seeds)
+        dense = dense or costs  # the first row
+        rows.append(row | {name: cost / dense[name] for name, cost in costs.items()})
     return rows
 
 
@@ -178,14 +184,13 @@ def main() -> None:
     add("--updates", type=int, default=300, help="updates of each stream (default 300)")
     add("--seeds", type=int, default=2, help="streams per figure (default 2)")
     add("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
-    add("--device", default="cpu", help="where the forms are kept and updated (default cpu)")
     add("--drift-order", type=int, default=128, help="order of the drift's matrices (default 128)")
     add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
     add("--out", type=Path, default=RESULTS, help="folder of the PNGs (default benchmarks/results)")
     args = parser.parse_args()
     seeds = range(args.seeds)
     for order in args.orders:
-        rows = measure(order, seeds, args.updates, args.spectra, args.device)
+        rows = measure(order, seeds, args.updates, args.spectra)
         best = least(rows, args.spectra)
         show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} streams", rows)
         show(f"Least error within a budget, order {order}", best)
