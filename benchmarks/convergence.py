@@ -55,7 +55,7 @@ BASELINE, REFERENCE, PAPER = "adamw", "shampoo-32", "wang2024"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRID = slice(2, 6)  # the rates that are always tried; those beside them, where the best lies on an edge
 # More where Shampoo gains less on AdamW beside what seeds change: half an interval must be well under a quarter of it.
-SEEDS = {"digits-mlp": 30, "fashion-convnet": 12, "fashion-vit": 6, "shakespeare-gpt": 5}
+SEEDS = {"digits-mlp": 20, "fashion-convnet": 12, "fashion-vit": 5, "shakespeare-gpt": 5}
 
 # What of the library takes no part in a training run, or is in the records: presets are keywords.
 NOT_HASHED = ("checkpoint", "cli.py", "memory.py", "demo", "presets.py", "__main__.py")
