@@ -6,6 +6,7 @@ gradient that is a million times too large. (The drift over 1000 updates is in b
 
 import argparse
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -57,9 +58,13 @@ def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> 
     return state if factor.one_period else factor.refresh(state, torch.float32)
 
 
-def average(a: Tensor | None, m: Tensor) -> Tensor:
-    """The float64 moving average, started from the first statistic."""
-    return m if a is None else DECAY * a + (1 - DECAY) * m
+def averages(stream: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each statistic with the float64 mean of all until then, with weights 0.95^age."""
+    weight, a = 0.0, torch.zeros((), dtype=torch.float64)
+    for m in stream:
+        weight = DECAY * weight + 1 - DECAY
+        a = a + (1 - DECAY) / weight * (m - a)
+        yield m, a
 
 
 def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
@@ -67,13 +72,14 @@ def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for eps in (1e-6, 1e-4):
         for label, factor in forms(eps).items():
-            state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
-            for m in statistics(log_spaced(order), order // 4, seeds, 100):
-                a, state = average(a, m), advance(factor, state, m)
-            assert a is not None
+            state = factor.init(len(seeds), order, torch.float32, "cpu")
+            for m, a in averages(statistics(log_spaced(order), order // 4, seeds, 100)):
+                state, mean = advance(factor, state, m), a
             size = bits_per_element(factor, order)
             row = rows.setdefault(label, {"kept between updates": label, "bits/element": size})
-            row[f"NRE, eps {eps:.0e}"] = relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
+            row[f"NRE, eps {eps:.0e}"] = (
+                relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item()
+            )
     return list(rows.values())
 
 
@@ -87,14 +93,12 @@ def spike_table(order: int, seeds: range) -> list[dict[str, Any]]:
     rows = []
     forms = {"dense, no limit": Dense(statistic_limit=math.inf), "dense": Dense()}
     for label, factor in {**forms, **{f"root: bits={bits}": root_form(bits) for bits in WIDTHS}}.items():
-        state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+        state = factor.init(len(seeds), order, torch.float32, "cpu")
         row: dict[str, Any] = {"one gradient times 1e6": label}
-        for t, m in enumerate(statistics(log_spaced(order), order // 4, seeds, 56), 1):
+        for t, (m, a) in enumerate(averages(statistics(log_spaced(order), order // 4, seeds, 56)), 1):
             spike = t == 51
             state = advance(factor, state, m, 1e6 if spike else 1.0)
-            a = average(a, m)
             if t >= 50 and (t <= 52 or t == 56):
-                assert a is not None
                 root, exact = fourth_root(factor, state), exact_root(a, factor)
                 # Without its scale, which grafting removes.
                 root *= ((root * exact).sum((-2, -1)) / root.square().sum((-2, -1)))[:, None, None]

@@ -33,7 +33,7 @@ from benchmarks.matrices import (
     uneven,
 )
 from benchmarks.plots import pareto
-from benchmarks.recursive_error import WIDTHS, advance, average, fourth_root, root_form, top_ratio
+from benchmarks.recursive_error import WIDTHS, advance, averages, fourth_root, root_form, top_ratio
 from benchmarks.report import RESULTS, keep, show
 from lowbit_optim.presets import WANG2024
 from lowbit_optim.storage import Quantization, Symmetric
@@ -81,15 +81,14 @@ def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
 
 def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, order: int) -> tuple[float, list[float]]:
     """The error after the last update, and the CPU seconds of each."""
-    state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+    state = factor.init(len(seeds), order, torch.float32, "cpu")
     seconds = []
-    for m in stream:
-        a = average(a, m)
+    for m, a in averages(stream):
+        mean = a
         began = time.process_time()
         state = advance(factor, state, m)
         seconds.append(time.process_time() - began)
-    assert a is not None
-    return relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item(), seconds
+    return relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item(), seconds
 
 
 def gpu_seconds(factor: Factor, order: int, seeds: range) -> float:
@@ -159,11 +158,11 @@ def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[di
     ends = (100 + WINDOW // 2, updates)
     for bits, spectrum in track([(b, s) for b in WIDTHS for s in spectra], f"drift, order {order}", transient=True):
         factor = root_form(bits)
-        state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
+        state = factor.init(len(seeds), order, torch.float32, "cpu")
         ratios: dict[int, list[Tensor]] = {end: [] for end in ends}
         errors: dict[int, list[Tensor]] = {end: [] for end in ends}
-        for t, m in enumerate(statistics(SPECTRA[spectrum](order), order // 4, seeds, updates), 1):
-            a, state = average(a, m), advance(factor, state, m)
+        for t, (m, a) in enumerate(averages(statistics(SPECTRA[spectrum](order), order // 4, seeds, updates)), 1):
+            state = advance(factor, state, m)
             for end in ends:
                 if end - WINDOW < t <= end and t % 2 == 0:
                     ratios[end].append(top_ratio(factor, state, a).log())

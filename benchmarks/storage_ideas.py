@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from benchmarks.matrices import exact_root, relative_error
-from benchmarks.recursive_error import advance, average, fourth_root
+from benchmarks.recursive_error import advance, averages, fourth_root
 from benchmarks.report import keep, show
 from benchmarks.storage import SPECTRA, streams
 from lowbit_optim.kernels.reference import FIT_CANDIDATES
@@ -187,11 +187,10 @@ def measure(order: int, seeds: range, updates: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"root form": label}
         for name, stream in streams(order, seeds, updates, list(SPECTRA)).items():
             torch.manual_seed(0)  # of stochastic rounding
-            state, a = factor.init(len(seeds), order, torch.float32, "cpu"), None
-            for m in stream:
-                a, state = average(a, m), advance(factor, state, m)
-            assert a is not None
-            row[name] = relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
+            state = factor.init(len(seeds), order, torch.float32, "cpu")
+            for m, a in averages(stream):
+                state, mean = advance(factor, state, m), a
+            row[name] = relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item()
         rows.append(row)
     return rows
 

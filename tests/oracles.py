@@ -302,15 +302,16 @@ def ema_root_stream(order=384, columns=96, updates=100, condition=3e4, beta=0.95
     """Yields (M_t, A_t, X_t) for t = 1 .. updates: noisy statistics, their exact average, its exact root.
 
     M_t = G G^T with G = C^(1/2) Z / sqrt(columns), Z Gaussian [order, columns], C of log-spaced spectrum 1 ..
-    1 / condition in a random basis; A_1 = M_1 and then A_t = beta A_(t-1) + (1 - beta) M_t;
+    1 / condition in a random basis; A_t is the mean of M_1 .. M_t with weights beta^age;
     X_t = V max(lambda, eps lambda_max)^(-1/p) V^T.
     """
     rng = np.random.default_rng(seed)
     U = random_orthogonal(order, rng)
     half = (U * np.sqrt(np.geomspace(1.0, 1.0 / condition, order))) @ U.T
-    A = None
+    total, weights = 0.0, 0.0
     for _ in range(updates):
         G = half @ rng.standard_normal((order, columns)) / np.sqrt(columns)
         M = G @ G.T
-        A = M if A is None else beta * A + (1 - beta) * M
+        total, weights = beta * total + M, beta * weights + 1
+        A = total / weights
         yield M, A, inverse_root(A, p, eps, clamp=True)

@@ -219,7 +219,7 @@ def test_every_byte_of_the_state_is_counted(storage):
     assert sum(kinds.values()) == sum(value.nbytes for entry in state.values() for value in entry.values())
     assert kinds["moments"] == 2 * sum(parameter.nbytes for parameter in model.parameters())
     blocks = sum(entry["left.failures"].numel() for entry in state.values() if "left.failures" in entry)
-    scalars = 2 * 2 * 4 * blocks  # of each factor "rms" and "previous_norm"
+    scalars = 2 * 3 * 4 * blocks  # of each factor "rms", "updates" and "previous_norm"
     assert (kinds["statistics"] == scalars) == (storage == "root")
     assert kinds["roots"] > 0
     assert kinds["counters"] < 1000

@@ -130,8 +130,9 @@ def test_the_first_statistic_that_is_not_zero_is_the_average(factor):
     torch.testing.assert_close(factor.root(state, m.dtype)[0], torch.eye(ORDER, dtype=m.dtype), rtol=0, atol=1e-6)
     state = step(factor, state, m)
     assert float(trace(factor.statistic(state, m.dtype))) == pytest.approx(float(trace(m)), rel=0.15)
-    state = step(factor, state, 0 * m)  # and a zero only lets it decay
-    assert float(trace(factor.statistic(state, m.dtype))) == pytest.approx(BETA * float(trace(m)), rel=0.15)
+    state = step(factor, state, 0 * m)  # a zero after it counts: weights are 1 and beta
+    mean = BETA / (1 + BETA) * float(trace(m))
+    assert float(trace(factor.statistic(state, m.dtype))) == pytest.approx(mean, rel=0.15)
     assert state["failures"].item() == 0
 
 
@@ -301,13 +302,15 @@ def damped_power(a, exponent, damp):
 
 
 class DirectOracle:
-    """A <- Q(beta A + (1 - beta) M), A^(-1/4) stored in the same way; negative eigenvalues of Q(A) count as zero."""
+    """A <- Q((1 - s) A + s M), A^(-1/4) stored in the same way; negative eigenvalues of Q(A) count as zero."""
 
     def __init__(self, store):
-        self.store, self.a = store, None
+        self.store, self.a, self.count = store, 0.0, 0
 
     def update(self, m):
-        a = self.store(m if self.a is None else BETA * self.a + (1 - BETA) * m)
+        self.count += 1
+        share = (1 - BETA) / (1 - BETA**self.count)
+        a = self.store((1 - share) * self.a + share * m)
         self.a = (a + a.T) / 2
         return self.store(damped_power(self.a, -0.25, lambda v: np.maximum(v, 0) + EPS * v.max()))
 
@@ -316,14 +319,16 @@ class RootOracle:
     """X = (A / r^2)^(-1/4) is stored, r^2 = tr(A) / n in float32; A is read back as X^-4 with the trace it had."""
 
     def __init__(self, store):
-        self.store, self.x, self.r = store, None, 0.0
+        self.store, self.x, self.r, self.count = store, None, 0.0, 0
 
     def update(self, m):
         n = len(m)
         a = m
+        self.count += 1
         if self.x is not None:
+            share = (1 - BETA) / (1 - BETA**self.count)
             old = damped_power((self.x + self.x.T) / 2, -4, lambda v: np.maximum(v, EPS**0.25 * v.max()))
-            a = BETA * old * (n / np.trace(old)) * self.r**2 + (1 - BETA) * m
+            a = (1 - share) * old * (n / np.trace(old)) * self.r**2 + share * m
         r = math.sqrt(np.trace(a) / n)
         self.x = self.store(damped_power(a / r**2, -0.25, lambda v: np.maximum(v, EPS * v.max())))
         self.r = float(np.float32(r))
@@ -377,7 +382,7 @@ ERRORS = {
     "root 8": (0.003, 0.007),
     "root 4": (0.011, 0.027),
     "root 2": (0.15, 0.34),
-    "root 1": (0.35, 0.91),
+    "root 1": (0.35, 1.26),
 }
 
 

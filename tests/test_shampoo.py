@@ -117,7 +117,7 @@ def test_padded_blocks_follow_the_paper_in_32_bits(shape, max_dim):
 
 
 def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, clamp=False, limit=4.0):
-    """The default settings in 32 bits over plain SGD: the first statistic is the average, later ones are limited."""
+    """The default settings in 32 bits over plain SGD: a bias-corrected average, and statistics limited by it."""
     p, history = start.copy(), []
     averages, before, roots = [None, None], [0.0, 0.0], [np.eye(n) for n in start.shape]
     for t, g in enumerate(grads, start=1):
@@ -129,7 +129,8 @@ def moving_average_shampoo(start, grads, lr, T1, T2, *, power=4, graft=True, cla
                 else:
                     usual = max(np.trace(a), before[side])
                     outlier = np.trace(m) > limit * usual
-                    averages[side] = 0.95 * a + 0.05 * m * (np.trace(a) / np.trace(m) if outlier else 1.0)
+                    share = 0.05 / (1 - 0.95 ** (t // T1))
+                    averages[side] = (1 - share) * a + share * m * (np.trace(a) / np.trace(m) if outlier else 1.0)
                 before[side] = np.trace(m)
         if t % T2 == 0:
             roots = [oracles.inverse_root(a, power, 1e-6, clamp) for a in averages]

@@ -20,6 +20,7 @@ class Shampoo(SecondOrder):
         L \leftarrow \beta L + (1 - \beta) G G^T, \quad R \leftarrow \beta R + (1 - \beta) G^T G, \quad
         \hat G = L^{-1/p} G R^{-1/p}, \quad \tilde G = \hat G \, \|G\|_F / \|\hat G\|_F
 
+    with L and R divided by :math:`1 - \beta^t` after t statistics, as Adam's moments are,
     and :math:`\tilde G` takes the gradient's place in the base optimizer. The norms are those of the whole parameter.
     A parameter is viewed as a (first dim, rest) matrix without its dims of size 1; parameters of rank 0 or 1, and
     groups with ``precondition=False``, get the base optimizer alone. Gradients are preconditioned in place.
@@ -50,7 +51,8 @@ class Shampoo(SecondOrder):
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
         shampoo_beta: decay of the statistics. Default 0.95.
         matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
-        initial_scale: factors start as this times I; at 0, the default, the first non-zero statistic replaces them.
+        initial_scale: factors start as this times I, and are not divided by 1 - beta^t; at 0, the default, they start
+            with the first statistic that is not zero.
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A),
             so that one spike does not own A (not with an initial_scale). Default 4.
         root_power: p. Default 4.

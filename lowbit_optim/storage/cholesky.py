@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import cholesky, finite, inverse_root
-from lowbit_optim.storage.factors import Factor, State, put, records, take
+from lowbit_optim.storage.factors import Factor, State, put, take
 from lowbit_optim.storage.symmetric import Symmetric
 
 
@@ -33,7 +33,7 @@ class Cholesky(Factor):
             error = self.codec.identity(blocks, order, dtype, device)
             del error["diagonal"]
             state |= put("error", error)
-        return state | records(blocks, device)
+        return state | self.records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         c = self.codec.decode(take("cholesky", state), dtype).tril()
@@ -43,7 +43,7 @@ class Cholesky(Factor):
         return self.codec.decode(take("root", state), dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        a = self._average(self.statistic(state, m.dtype), m, magnitude, state["previous_norm"])
+        a = self._average(state, self.statistic(state, m.dtype), m, magnitude)
         c, ok = cholesky(a, self.eps)
         if not self.feedback:
             return put("cholesky", self.codec.encode(c)), ok & finite(a)

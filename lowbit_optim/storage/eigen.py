@@ -16,7 +16,7 @@ from lowbit_optim.linalg import (
     symmetrize,
 )
 from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
-from lowbit_optim.storage.factors import Factor, State, put, records, take
+from lowbit_optim.storage.factors import Factor, State, put, take
 from lowbit_optim.storage.symmetric import Symmetric, lower
 
 
@@ -87,7 +87,7 @@ class Eigen(Factor):
             "eigenvalues": torch.full((blocks, order), self.initial_scale, dtype=torch.float32, device=device),
             **put("eigenvectors", self.vectors.identity(blocks, order, dtype, device)),
             **put("root", self.codec.identity(blocks, order, dtype, device)),
-            **records(blocks, device),
+            **self.records(blocks, device),
         }
 
     def eigenvectors(self, state: State, rectifications: int, dtype: torch.dtype) -> Tensor:
@@ -106,7 +106,7 @@ class Eigen(Factor):
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
         v = self.eigenvectors(state, self.rectify_update, m.dtype)
-        a = self._average(self._statistic(state, v), m, magnitude, state["previous_norm"])
+        a = self._average(state, self._statistic(state, v), m, magnitude)
         values, p, ok = orthogonal_iteration(a, v, self.iterations)
         return {"eigenvalues": values.float()} | put("eigenvectors", self.vectors.encode(p)), ok & finite(values)
 

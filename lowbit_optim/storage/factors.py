@@ -42,9 +42,12 @@ class Factor(ABC):
 
     Args:
         power: p of the root A^(-1/p).
-        decay: beta of A <- beta A + (1 - beta) M.
+        decay: beta of the moving average.
         eps: ridge relative to the largest eigenvalue of A.
-        initial_scale: A starts as this times I. At 0 the first non-zero statistic replaces A, whatever its size.
+        initial_scale: A starts as this times I, and A <- beta A + (1 - beta) M. At 0 it is the mean of the statistics
+            with weights beta^age, from the first one that is not zero: A <- (1 - s) A + s M, s = (1 - beta) / (1 -
+            beta^t). (Were A the first statistic and beta A + (1 - beta) M from then on, that one would count for
+            1 / (1 - beta) later ones.)
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A):
             one gradient spike would otherwise own A for hundreds of updates. A change of scale that lasts is followed
             from its second statistic on.
@@ -57,6 +60,17 @@ class Factor(ABC):
     statistic_limit: float = 4.0
 
     one_period: ClassVar[bool] = False  # update leaves nothing for refresh to do
+
+    def records(self, blocks: int, device: torch.device | str) -> State:
+        """What is kept beside A.
+
+        How many statistics there were, the square root of the last one's trace, and how many changes failed.
+        """
+        return {
+            "updates": torch.zeros(blocks, dtype=torch.int32, device=device),
+            "previous_norm": torch.zeros(blocks, device=device),
+            "failures": torch.zeros(blocks, dtype=torch.int32, device=device),
+        }
 
     @abstractmethod
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -89,24 +103,33 @@ class Factor(ABC):
             magnitude: [k], apart from M because its square may overflow or underflow.
         """
         changed, ok = self._update(state, m, magnitude)
-        return _keep_good(state, changed | {"previous_norm": _storable(magnitude * trace(m).sqrt())}, ok)
+        changed |= {
+            "previous_norm": _storable(magnitude * trace(m).sqrt()),
+            "updates": self._updates(state, m),
+        }
+        return _keep_good(state, changed, ok)
 
     def refresh(self, state: State, dtype: torch.dtype) -> State:
         """Compute the root of the statistic that is kept, in ``dtype``."""
         return _keep_good(state, *self._refresh(state, dtype))
 
-    def _average(self, a: Tensor, m: Tensor, magnitude: Tensor, previous: Tensor) -> Tensor:
-        """beta A + (1 - beta) magnitude^2 M; the statistic alone where A is still zero and not to be started.
+    def _updates(self, state: State, m: Tensor) -> Tensor:
+        """How many statistics there are with M, from the first one that is not zero, int32 [k]."""
+        return state["updates"] + ((state["updates"] > 0) | (trace(m) > 0))
 
-        ``previous`` is the square root of the trace of the statistic before this one, [k].
-        """
-        weight, old, new = magnitude.square(), trace(a), trace(m)
+    def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor, unit: Tensor | None = None) -> Tensor:
+        """The average with magnitude^2 M in it; A and the magnitude are given in units of unit^2 and unit, [k]."""
+        size, old, new = magnitude.square(), trace(a), trace(m)
         if not self.initial_scale:
-            usual = old.maximum(previous.to(old.dtype).square())
-            outlier = (old > 0) & (weight * new > self.statistic_limit * usual)
-            weight = torch.where(outlier, old / torch.where(new > 0, new, 1.0), weight)
-        share = torch.where(old > 0, 1 - self.decay, 1.0) * weight.clamp(max=torch.finfo(m.dtype).max)
-        return self.decay * a + each(share, m) * m
+            previous = state["previous_norm"].to(old.dtype) / (1.0 if unit is None else unit)
+            usual = old.maximum(previous.square())
+            outlier = (old > 0) & (size * new > self.statistic_limit * usual)
+            size = torch.where(outlier, old / torch.where(new > 0, new, 1.0), size)
+            share = (1 - self.decay) / (1 - self.decay ** self._updates(state, m).clamp(min=1).to(m.dtype))
+        else:
+            share = torch.full_like(size, 1 - self.decay)
+        size = size.clamp(max=torch.finfo(m.dtype).max)
+        return each(1 - share, a) * a + each(share * size, m) * m
 
 
 def _plain(value: Any) -> Any:
@@ -130,14 +153,6 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
-def records(blocks: int, device: torch.device | str) -> State:
-    """What every form keeps beside A: the root of the last statistic's trace, and how many of its changes failed."""
-    return {
-        "previous_norm": torch.zeros(blocks, device=device),
-        "failures": torch.zeros(blocks, dtype=torch.int32, device=device),
-    }
-
-
 def identity(blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.eye(order, dtype=dtype, device=device).expand(blocks, -1, -1).contiguous()
 
@@ -148,7 +163,7 @@ class Dense(Factor):
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         eye = identity(blocks, order, dtype, device)
-        return {"statistic": self.initial_scale * eye, "root": eye} | records(blocks, device)
+        return {"statistic": self.initial_scale * eye, "root": eye} | self.records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["statistic"].to(dtype)
@@ -157,7 +172,7 @@ class Dense(Factor):
         return state["root"].to(dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        a = self._average(state["statistic"], m, magnitude, state["previous_norm"])
+        a = self._average(state, state["statistic"], m, magnitude)
         return {"statistic": a}, finite(a)
 
     def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
@@ -178,7 +193,7 @@ class Direct(Factor):
         start = self.codec.identity(blocks, order, dtype, device)
         root = put("root", self.codec.identity(blocks, order, dtype, device))
         start["diagonal"] *= self.initial_scale
-        return put("statistic", start) | root | records(blocks, device)
+        return put("statistic", start) | root | self.records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return symmetrize(self.codec.decode(take("statistic", state), dtype))
@@ -187,7 +202,7 @@ class Direct(Factor):
         return self.codec.decode(take("root", state), dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
-        a = self._average(self.statistic(state, m.dtype), m, magnitude, state["previous_norm"])
+        a = self._average(state, self.statistic(state, m.dtype), m, magnitude)
         return put("statistic", self.codec.encode(a)), finite(a)
 
     def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:

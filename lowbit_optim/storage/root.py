@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import damped, each, eigh, finite, inverse_root, matrix_power, symmetrize, trace
-from lowbit_optim.storage.factors import Factor, State, put, records, take
+from lowbit_optim.storage.factors import Factor, State, put, take
 from lowbit_optim.storage.symmetric import Symmetric
 
 
@@ -38,7 +38,7 @@ class Root(Factor):
         if math.isinf(self._q):
             start["diagonal"].zero_()
         rms = torch.full((blocks,), math.sqrt(self.initial_scale), dtype=torch.float32, device=device)
-        return {"rms": rms} | put("root", start) | records(blocks, device)
+        return {"rms": rms} | put("root", start) | self.records(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         a, _ = self._normalized_statistic(state, dtype)
@@ -73,7 +73,7 @@ class Root(Factor):
         unit = torch.where(rms > 0, rms, magnitude)
         a, ok = self._normalized_statistic(state, m.dtype)
         safe = torch.where(unit > 0, unit, 1.0)
-        a = self._average(a, m, magnitude / safe, state["previous_norm"] / safe)
+        a = self._average(state, a, m, magnitude / safe, safe)
         mean = trace(a) / a.shape[-1]
         x, x_ok = self._power(a / each(torch.where(mean > 0, mean, 1.0), a))
         return {"rms": (unit * mean.sqrt()).float()} | put("root", self.codec.encode(x)), ok & x_ok
