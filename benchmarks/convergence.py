@@ -57,8 +57,18 @@ GRID = slice(2, 6)  # the rates that are always tried; those beside them, where 
 # More where Shampoo gains less on AdamW beside what seeds change: half an interval must be well under a quarter of it.
 SEEDS = {"digits-mlp": 20, "fashion-convnet": 12, "fashion-vit": 5, "shakespeare-gpt": 5}
 
-# What of the library takes no part in a training run, or is in the records: presets are keywords.
-NOT_HASHED = ("checkpoint", "cli.py", "memory.py", "demo", "presets.py", "__main__.py")
+# What of the library a run of Shampoo is made of. (Presets are not: they are keywords, which records hold.)
+SOURCES = (
+    "kernels/*.py",
+    "linalg.py",
+    "blocking.py",
+    "storage/*.py",
+    "preconditioners/kronecker.py",
+    "preconditioners/shampoo.py",
+    "optimizers/settings.py",
+    "optimizers/second_order.py",
+    "optimizers/shampoo.py",
+)
 
 Records = dict[str, dict[str, Any]]
 
@@ -104,9 +114,9 @@ def code_hash(method: str) -> str:
     """Of the source that decides a method's figures."""
     files = [Path(tasks.__file__)]
     if METHODS[method] is not None:
-        root = Path(lowbit_optim.__file__).parent
-        files += [file for file in root.rglob("*.py") if not {*file.relative_to(root).parts} & {*NOT_HASHED}]
-        files += Path(lowbit_optim.kernels.__file__).parent.rglob("*.py")
+        home = {"kernels": Path(lowbit_optim.kernels.__file__).parent.parent, "": Path(lowbit_optim.__file__).parent}
+        for source in SOURCES:
+            files += home.get(source.partition("/")[0], home[""]).glob(source)
     return report.source_hash(files)
 
 
