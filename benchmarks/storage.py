@@ -7,7 +7,7 @@ of the CPU and, where there is one, on the GPU, over that of the dense form in t
 and every stream is measured, above it the main ones.
 
     python -m benchmarks.storage                                      # orders 128 and 384, and the drift
-    python -m benchmarks.storage --orders 1200 --updates 60 --spectra log-spaced --seeds 1 --drift-updates 0
+    python -m benchmarks.storage --orders 1200 --updates 30 --spectra log-spaced --drift-updates 0
 """
 
 import argparse
@@ -181,7 +181,7 @@ def main() -> None:
     add = parser.add_argument
     add("--orders", type=int, nargs="*", default=[128, 384], help="orders (default 128 384)")
     add("--updates", type=int, default=300, help="updates of each stream (default 300)")
-    add("--seeds", type=int, default=2, help="streams per figure (default 2)")
+    add("--seeds", type=int, default=1, help="streams per figure (default 1)")
     add("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
     add("--drift-order", type=int, default=128, help="order of the drift's matrices (default 128)")
     add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
@@ -191,13 +191,13 @@ def main() -> None:
     for order in args.orders:
         rows = measure(order, seeds, args.updates, args.spectra)
         best = least(rows, args.spectra)
-        show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} streams", rows)
+        show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} stream(s)", rows)
         show(f"Least error within a budget, order {order}", best)
         keep(f"storage-{order}", {f"order {order}": rows, "least": best})
         pareto([(r["form"], r["bits"], r[args.spectra[0]]) for r in rows], args.out / f"storage-{order}.png", order)
     if args.drift_updates:
         rows = drift(args.drift_order, seeds, args.drift_updates, args.spectra)
-        show(f"Drift of the root form, order {args.drift_order}, mean of {args.seeds} streams", rows)
+        show(f"Drift of the root form, order {args.drift_order}, mean of {args.seeds} stream(s)", rows)
         keep(f"storage-drift-{args.drift_order}", {"drift": rows})
 
 
