@@ -59,13 +59,13 @@ def forms(order: int) -> dict[str, Factor]:
         "direct, naive": form("direct", 4, linear2, "square", True, **RECTIFY, **PAPER),
     }
     study = order <= STUDY_ORDER
-    main: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), "root": WIDTHS}
-    more = {"eigen": (8, 4, 3), "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2), "root": WIDTHS}
-    for storage, budgets in (more if study else main).items():
+    few: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), "root": WIDTHS, "logarithm": (4, 2, 1)}
+    every = {"eigen": (8, 4, 3), **few, "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2)}
+    for storage, budgets in (every if study else few).items():
         rows |= {f"{storage} {bits}": form(storage, bits, None, "triangle", True, **RECTIFY) for bits in budgets}
     for bits, codebook in ((8, "linear"), (4, "nf"), (2, "nf")) if study else ():
         codec = Symmetric(Quantization(bits, codebook, double=True, scale="absmax" if bits == 8 else "fitted"))
-        for name, power in (("8th", 8.0), ("32nd", 32.0), ("logarithm", float("inf"))):
+        for name, power in (("8th", 8), ("32nd", 32)):
             rows[f"root {bits / 2:g}, kept as {name}"] = Root(codec=codec, stored_power=power)
         rows[f"root {bits / 2:g}, correlations"] = Root(codec=replace(codec, correlations=True))
     return rows

@@ -180,6 +180,22 @@ def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     return symmetrize(half @ half.mT)
 
 
+def exponential(x: Tensor, squarings: int = 6) -> Tensor:
+    """e^X of symmetric [k, n, n]: 1 + y + y^2 / 2 + y^3 / 6 + y^4 / 24 of y = (X - mu I) / 2^squarings, squared again.
+
+    mu, the mean of X's eigenvalues, is taken out first. A fixed number of products, so that nothing waits for the
+    device: the relative error stays below 1e-4 while X's eigenvalues lie within 10 of mu.
+    """
+    mean = trace(x) / x.shape[-1]
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    y = (x - each(mean, x) * eye) / 2**squarings
+    square = y @ y
+    power = eye + y + square / 2 + square @ (y / 6 + square / 24)
+    for _ in range(squarings):
+        power = power @ power
+    return symmetrize(power) * each(mean.exp(), power)
+
+
 def damped(values: Tensor, eps: float, *, clamp: bool = False) -> Tensor:
     """Eigenvalues made safe for a negative power: max(lambda, 0) + eps lambda_max, or max(lambda, eps lambda_max).
 

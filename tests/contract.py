@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 def shampoo(parameters, **settings):
-    """A Shampoo for the small model, at 4 bits, which every storage can be."""
+    """A Shampoo for the small model, at 4 bits, which every storage but dense supports."""
     return Shampoo(parameters, **{**small, "bits": 4, **settings})
 
 
@@ -64,9 +64,10 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 def loss_of(model, step):
     """The loss of a model on the batch of a step."""
-    dtype = model.head.weight.dtype
-    target = torch.arange(12) % 5
-    return nn.functional.cross_entropy(model(random(12, 3, 4, 4, seed=step, dtype=dtype)).float(), target)
+    weight = model.head.weight
+    target = (torch.arange(12) % 5).to(weight.device)
+    images = random(12, 3, 4, 4, seed=step, dtype=weight.dtype).to(weight.device)
+    return nn.functional.cross_entropy(model(images).float(), target)
 
 
 def backward(model, step):

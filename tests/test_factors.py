@@ -40,7 +40,9 @@ FORMS = {
     "root 1": make(bits=1),
     "root square": make(bits=4, layout="square"),
     "root uncoded, stored as the 8th": Root(codec=Symmetric(), stored_power=8),
-    "root uncoded, stored as the logarithm": Root(codec=Symmetric(), stored_power=math.inf),
+    "logarithm": make("logarithm"),
+    "logarithm 2": make("logarithm", 2),
+    "logarithm uncoded": make("logarithm", quantized=False),
     "reflector": make("reflector"),
     "reflector 2": make("reflector", 2),
     "reflector uncoded": make("reflector", quantized=False),
@@ -50,7 +52,7 @@ FORMS = {
     "cholesky-feedback": make("cholesky-feedback"),
     "cholesky-feedback 2": make("cholesky-feedback", 2),
 }
-UNCODED = ("dense", "direct uncoded", "eigen uncoded", "root uncoded")
+UNCODED = ("dense", "direct uncoded", "eigen uncoded", "root uncoded", "logarithm uncoded")
 LIMITED = [name for name in FORMS if name != "eigen of the paper"]
 
 
@@ -99,7 +101,7 @@ def distance(x, y):
 @each_form
 @pytest.mark.parametrize("order", [1, 2, ORDER])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_new_root_is_the_identity_of_a_multiple_of_it(factor, order, dtype):
+def test_a_new_root_is_the_identity(factor, order, dtype):
     state = factor.init(2, order, dtype, "cpu")
     eye = torch.eye(order, dtype=dtype).expand(2, -1, -1)
     assert torch.equal(factor.root(state, dtype), eye)
@@ -246,15 +248,16 @@ def test_order_one(factor):
 
 
 @each(LIMITED)
-def test_a_spike_is_forgotten_within_five_updates(factor):
+@pytest.mark.parametrize("when", [1, 2, 20])
+def test_a_spike_is_forgotten_within_five_updates(factor, when):
     """1e12 times the statistic counts as one; without the limit it would own the average for hundreds of updates."""
     calm = spiked = start(factor, gram())
-    for t in range(26):
+    for t in range(when + 6):
         m = gram(seed=t)
         calm = step(factor, calm, m)
-        spiked = step(factor, spiked, m, 1e6 if t == 20 else 1.0)
+        spiked = step(factor, spiked, m, 1e6 if t == when else 1.0)
     root, expected = (factor.root(state, m.dtype)[0].numpy() for state in (spiked, calm))
-    assert distance(root, expected) < 0.05
+    assert distance(root, expected) < (0.05 if when == 20 else 0.4)  # early, rounding still makes a difference
     assert 0.95 < float(trace(factor.statistic(spiked, m.dtype)) / trace(factor.statistic(calm, m.dtype))) < 1.05
 
 
@@ -382,7 +385,6 @@ ERRORS = {
     "root 8": (0.003, 0.007),
     "root 4": (0.011, 0.027),
     "root 2": (0.15, 0.34),
-    "root 1": (0.35, 1.26),
 }
 
 

@@ -5,6 +5,7 @@ promise beyond it is in test_factors.
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ each_form = pytest.mark.parametrize(("storage", "bits"), POSSIBLE, ids=[f"{s}-{b
 
 def advance(factor, state, m, magnitude=1.0):
     """An update and, where the form has two periods, a refresh."""
-    state = factor.update(state, m, torch.full((len(m),), magnitude))
+    state = factor.update(state, m, torch.full((len(m),), magnitude, device=m.device))
     return state if factor.one_period else factor.refresh(state, torch.float32)
 
 
@@ -61,104 +62,72 @@ def distance(got, exact):
 
 # --------------------------------------------------------------------------------------------------- factors
 
-# What a matrix is kept as, by the names of its parts: codes, or numbers of 16 or 32 bits.
-CODES, NUMBERS = {"codes", "scales", "scale_maxima"}, {"values"}
+# What a matrix is kept as: codes, or numbers of 16 or 32 bits.
+CODES, NUMBERS = ("codes", "scales", "scale_maxima"), ("values",)
+# Of each storage the names of what is never coded, and of what is.
 NAMES = {
-    "dense": ("statistic", "root"),
-    "direct": ("statistic.*", "statistic.diagonal", "root.*", "root.diagonal"),
-    "eigen": ("eigenvalues", "eigenvectors.*", "root.*", "root.diagonal"),
-    "reflector": ("eigenvalues", "eigenvectors.*", "root.*", "root.diagonal"),
-    "cholesky": ("cholesky.*", "cholesky.diagonal", "root.*", "root.diagonal"),
-    "cholesky-feedback": ("cholesky.*", "cholesky.diagonal", "error.*", "root.*", "root.diagonal"),
-    "root": ("rms", "root.*", "root.diagonal"),
+    "dense": (("statistic", "root"), ()),
+    "direct": (("statistic.diagonal", "root.diagonal"), ("statistic", "root")),
+    "eigen": (("eigenvalues", "root.diagonal"), ("eigenvectors", "root")),
+    "reflector": (("eigenvalues", "root.diagonal"), ("eigenvectors", "root")),
+    "cholesky": (("cholesky.diagonal", "root.diagonal"), ("cholesky", "root")),
+    "cholesky-feedback": (("cholesky.diagonal", "root.diagonal"), ("cholesky", "error", "root")),
+    "root": (("rms", "root.diagonal"), ("root",)),
+    "logarithm": (("rms", "logarithm.diagonal"), ("logarithm",)),
 }
 
 
 @each_form
 def test_state_names(storage, bits):
-    """Flat names, plain tensors; codes in bytes, everything else in floating point."""
+    """Flat names, plain tensors: counters in int32, codes and their scales in bytes, all else in floating point."""
     state = make(storage, bits).init(2, ORDER, torch.float32, "cpu")
-    expected = {"updates", "previous_norm", "failures"}
-    for name in NAMES[storage]:
-        if not name.endswith(".*"):
-            expected.add(name)
-            continue
-        parts = [part for part in (CODES, NUMBERS) if f"{name[:-1]}{min(part)}" in state]
-        assert len(parts) == 1, f"{name}: codes or numbers"
-        expected |= {name[:-1] + part for part in parts[0]}
+    coded = bits <= (8 if storage == "eigen" else 4)
+    numbers, triangles = NAMES[storage]
+    expected = {"updates", "previous_norm", "failures", *numbers}
+    for name in triangles:
+        in_codes = coded and (bits <= 4 or name == "eigenvectors")
+        expected |= {f"{name}.{part}" for part in (CODES if in_codes else NUMBERS)}
     assert state.keys() == expected
     assert all(type(part) is torch.Tensor for part in state.values())
-    codes = {name for name, part in state.items() if part.dtype == torch.uint8}
-    assert codes == {name for name in expected if name.endswith((".codes", ".scales"))}
+    assert {name for name, part in state.items() if part.dtype == torch.int32} == {"updates", "failures"}
+    bytes_ = {name for name, part in state.items() if part.dtype == torch.uint8}
+    assert bytes_ == {name for name in expected if name.endswith((".codes", ".scales"))}
+    assert all(part.is_floating_point() for name, part in state.items() if name not in bytes_ | {"updates", "failures"})
 
 
-# Relative error of the root after one statistic (of rank a third) and after thirty, at condition 100: measured, and a
-# third more. Roots of a factor of few bits that is kept as itself mean nothing: that is why it is called naive.
+# Relative error of the root after thirty statistics at condition 100: measured, and a third more. No root at all has 1,
+# the best multiple of the identity 0.33: what is worse than that is kept finite, and no more is said of it.
 ERRORS = {
-    "dense": {32: (0.011, 2.1e-05)},
-    "direct": {
-        16: (0.011, 2.1e-05),
-        8: (0.68, 0.013),
-        4: (0.75, 0.046),
-        3: (0.8, 3.2),
-        2: (0.85, 6.6),
-        1.5: (0.9, 6.5),
-        1: (0.94, 6.4),
-    },
-    "eigen": {16: (0.13, 0.12), 8: (0.13, 0.12), 4: (0.15, 0.17), 3: (0.2, 0.23)},
-    "reflector": {
-        16: (0.13, 0.12),
-        8: (0.13, 0.12),
-        4: (0.13, 0.12),
-        3: (0.14, 0.15),
-        2: (0.19, 0.27),
-        1.5: (0.32, 0.36),
-        1: (0.57, 0.43),
-    },
-    "cholesky": {
-        16: (0.034, 7e-05),
-        8: (0.035, 0.0031),
-        4: (0.14, 0.012),
-        3: (0.19, 0.049),
-        2: (0.2, 0.15),
-        1.5: (0.3, 0.24),
-        1: (0.53, 0.35),
-    },
-    "cholesky-feedback": {
-        16: (0.034, 7e-05),
-        8: (0.035, 0.0025),
-        4: (0.14, 0.0096),
-        3: (0.19, 0.041),
-        2: (0.2, 0.13),
-        1.5: (0.3, 0.23),
-        1: (0.53, 0.34),
-    },
-    "root": {
-        16: (1.7e-06, 6.6e-06),
-        8: (0.0012, 0.0021),
-        4: (0.0043, 0.008),
-        3: (0.017, 0.033),
-        2: (0.062, 0.12),
-        1.5: (0.13, 0.21),
-        1: (0.27, 0.31),
-    },
+    "dense": {32: 2.1e-05},
+    "direct": {16: 2.1e-05, 8: 0.013, 4: 0.046, 3: 3.2, 2: 6.6, 1.5: 6.5, 1: 6.4},
+    "eigen": {16: 0.12, 8: 0.12, 4: 0.17, 3: 0.23},
+    "reflector": {16: 0.12, 8: 0.12, 4: 0.12, 3: 0.15, 2: 0.27, 1.5: 0.37, 1: 0.43},
+    "cholesky": {16: 7e-05, 8: 0.0031, 4: 0.012, 3: 0.049, 2: 0.15, 1.5: 0.24, 1: 0.35},
+    "cholesky-feedback": {16: 7e-05, 8: 0.0025, 4: 0.0097, 3: 0.041, 2: 0.13, 1.5: 0.23, 1: 0.34},
+    "root": {16: 6.6e-06, 8: 0.0022, 4: 0.0081, 3: 0.033, 2: 0.12, 1.5: 0.22, 1: 0.31},
+    "logarithm": {16: 1.6e-05, 8: 0.0022, 4: 0.0076, 3: 0.03, 2: 0.12, 1.5: 0.21, 1: 0.32},
 }
+MEANINGLESS = 0.33
 
 
 @each_form
-def test_round_trip_and_updates_against_the_oracle(storage, bits):
+def test_updates_against_the_oracle(storage, bits):
     factor = make(storage, bits)
     stream, averages, roots = statistics(30)
     state = factor.init(1, ORDER, torch.float32, "cpu")
-    errors = []
-    for i, m in enumerate(stream):
+    for m in stream:
         state = advance(factor, state, m)
-        if i in (0, 29):
-            errors.append(distance(factor.root(state, torch.float32), roots[i]))
-    assert all(error < limit for error, limit in zip(errors, ERRORS[storage][bits], strict=True)), errors
+    error = distance(factor.root(state, torch.float32), roots[-1])
+    limit = ERRORS[storage][bits]
+    assert error < limit if limit < MEANINGLESS else math.isfinite(error)
     trace = float(factor.statistic(state, torch.float64).diagonal(dim1=1, dim2=2).sum())
-    assert trace == pytest.approx(np.trace(averages[-1]), rel=1e-4 if storage == "root" else 0.5)
+    exact = storage in ("dense", "direct", "root", "logarithm")  # by an exact diagonal, or a trace that is kept
+    assert trace == pytest.approx(np.trace(averages[-1]), rel=1e-3 if exact else 0.3)
     assert state["failures"].item() == 0
+
+
+def test_every_combination_is_measured():
+    assert {(storage, bits) for storage, by_bits in ERRORS.items() for bits in by_bits} == set(POSSIBLE)
 
 
 @each_form
@@ -188,7 +157,7 @@ def hostile():
     noise = torch.randn(1, ORDER, ORDER, generator=torch.Generator().manual_seed(0))
     rows = {
         "slightly indefinite": m - 0.01 * m.diagonal(dim1=1, dim2=2).mean() * torch.eye(ORDER),
-        "indefinite": noise + noise.mT,
+        "indefinite": noise + noise.mT + 2 * torch.eye(ORDER),
         "negative": -m,
         "singular": m[:, :, :1] @ m[:, :1],
         "zero": 0 * m,
@@ -212,13 +181,13 @@ def test_hostile_statistics(storage, bits):
         assert finite.all(), [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
         failures = dict(zip(names, (state["failures"] - before["failures"]).tolist(), strict=True))
         assert failures["not finite"] == 2
-        assert failures["negative"] >= 1
+        assert failures["negative"] == 2
         assert not any(failures[name] for name in ("singular", "zero", "huge", "tiny"))
 
 
 @pytest.mark.parametrize(("storage", "bits"), REFUSED, ids=[f"{s}-{b}" for s, b in REFUSED])
 def test_refusals_say_which_storage_can(storage, bits):
-    with pytest.raises(ValueError, match=rf"storage '{storage}'.*{bits}.*'root'"):
+    with pytest.raises(ValueError, match=rf"storage '{storage}'.*(not|in) {re.escape(str(bits))}\b.*'root'"):
         Shampoo([torch.zeros(2, 2)], storage=storage, bits=bits)
 
 

@@ -228,7 +228,7 @@ def test_zero_gradients(make, caplog):
             assert all(map(same, map(torch.Tensor.detach, parameters), start))
     assert same(parameters[0][50:].detach(), start[0][50:])
     assert all(torch.isfinite(p).all() for p in parameters)
-    assert parameters[0][:50].sub(start[0][:50]).abs().min() > 0
+    assert parameters[0][:50].ne(start[0][:50]).float().mean() > 0.99
     assert not caplog.records
 
 

@@ -15,7 +15,7 @@ SHAPE = (192, 128)
 STORAGES = {
     "root": {},
     "root-4-bits": {"bits": 4},
-    "direct": {"storage": "direct", "precondition_frequency": 4},
+    "direct": {"bits": 4, "storage": "direct", "precondition_frequency": 4},
     "dense": {"bits": 32, "precondition_frequency": 4},
     "eigen": WANG,
 }

@@ -74,8 +74,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.
     if group_form(plain, 64).one_period and refresh not in (None, group["statistics_frequency"]):
         raise ValueError(
-            f"precondition_frequency is {refresh}, but storage 'root' has one period, statistics_frequency "
-            f"({group['statistics_frequency']}): leave precondition_frequency out"
+            f"precondition_frequency is {refresh}, but storage {group['storage']!r} has one period, "
+            f"statistics_frequency ({group['statistics_frequency']}): leave precondition_frequency out"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit_optim.blocking import Blocking, Stack, blocking
 from lowbit_optim.linalg import each, full_precision
 from lowbit_optim.storage.blockwise import Quantization
-from lowbit_optim.storage.budget import form
+from lowbit_optim.storage.budget import ONE_PERIOD, form
 from lowbit_optim.storage.factors import Factor
 
 SIDES = ("left", "right")
@@ -275,7 +275,7 @@ class KroneckerPreconditioner(ABC):
 def _due(step: int, group: Group, forms: Forms) -> Due:
     refresh = group["precondition_frequency"]
     if refresh is None:  # bits=32 stands in for the storage that was asked for, at the same steps
-        refresh = group["statistics_frequency"] if group["storage"] == "root" else DEFAULT_PRECONDITION_FREQUENCY
+        refresh = group["statistics_frequency"] if group["storage"] in ONE_PERIOD else DEFAULT_PRECONDITION_FREQUENCY
     return Due(
         update=step % group["statistics_frequency"] == 0,
         refresh=not forms.left.one_period and step % refresh == 0,

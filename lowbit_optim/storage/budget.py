@@ -12,10 +12,11 @@ from lowbit_optim.storage.blockwise import Codec, Quantization
 from lowbit_optim.storage.cholesky import Cholesky
 from lowbit_optim.storage.eigen import Eigen, Reflectors, Rows
 from lowbit_optim.storage.factors import Dense, Direct, Factor
-from lowbit_optim.storage.root import Root
+from lowbit_optim.storage.root import Logarithm, Root
 from lowbit_optim.storage.symmetric import Symmetric
 
-STORAGES = ("dense", "direct", "eigen", "reflector", "cholesky", "cholesky-feedback", "root")
+STORAGES = ("dense", "direct", "eigen", "reflector", "cholesky", "cholesky-feedback", "root", "logarithm")
+ONE_PERIOD = ("root", "logarithm")  # statistic and root are one
 
 # Of the tables with a zero, which dead units need, those of least error. From 6 bits on fitting gains little.
 _TRIANGLE: dict[float, Codec] = {
@@ -69,10 +70,14 @@ def form(
     if storage == "dense" and bits != 32:
         raise ValueError(f"storage 'dense' holds 32 bits, not {bits}; 'root' holds every smaller number")
     if storage == "eigen" and not quantization and bits != 32 and bits not in _SQUARE:
-        raise ValueError(f"storage 'eigen' cannot keep eigenvectors in {bits} bits (3 at least); 'root' can")
+        raise ValueError(
+            f"storage 'eigen' cannot keep eigenvectors in {bits} bits: give bits=3 or more, or storage='root'"
+        )
     codecs = _SQUARE if layout == "square" else _TRIANGLE
     if not quantization and bits != 32 and bits not in codecs:
-        raise ValueError(f"layout {layout!r} cannot keep a matrix in {bits} bits; 'triangle' can")
+        raise ValueError(
+            f"layout {layout!r} cannot keep a matrix in {bits} bits: give bits=3 or more, or layout='triangle'"
+        )
     triangle = (quantization or _TRIANGLE.get(bits)) if quantized else None
     symmetric = Symmetric((quantization or codecs.get(bits)) if quantized else None, layout)
     if bits == 32:
@@ -86,4 +91,5 @@ def form(
         return Eigen(vectors=Reflectors(triangle), codec=symmetric, iterations=orthogonal_iterations, **none, **shared)
     if storage.startswith("cholesky"):
         return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)
-    return (Direct if storage == "direct" else Root)(codec=symmetric, **shared)
+    forms: dict[str, Any] = {"direct": Direct, "root": Root, "logarithm": Logarithm}
+    return forms[storage](codec=symmetric, **shared)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import cholesky, finite, inverse_root
-from lowbit_optim.storage.factors import Factor, State, put, take
+from lowbit_optim.storage.factors import Factor, State, counters, put, take
 from lowbit_optim.storage.symmetric import Symmetric
 
 
@@ -33,7 +33,7 @@ class Cholesky(Factor):
             error = self.codec.identity(blocks, order, dtype, device)
             del error["diagonal"]
             state |= put("error", error)
-        return state | self.records(blocks, device)
+        return state | counters(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         c = self.codec.decode(take("cholesky", state), dtype).tril()

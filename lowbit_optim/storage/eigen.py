@@ -16,7 +16,7 @@ from lowbit_optim.linalg import (
     symmetrize,
 )
 from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
-from lowbit_optim.storage.factors import Factor, State, put, take
+from lowbit_optim.storage.factors import Factor, State, counters, put, take
 from lowbit_optim.storage.symmetric import Symmetric, lower
 
 
@@ -87,7 +87,7 @@ class Eigen(Factor):
             "eigenvalues": torch.full((blocks, order), self.initial_scale, dtype=torch.float32, device=device),
             **put("eigenvectors", self.vectors.identity(blocks, order, dtype, device)),
             **put("root", self.codec.identity(blocks, order, dtype, device)),
-            **self.records(blocks, device),
+            **counters(blocks, device),
         }
 
     def eigenvectors(self, state: State, rectifications: int, dtype: torch.dtype) -> Tensor:

@@ -44,13 +44,11 @@ class Factor(ABC):
         power: p of the root A^(-1/p).
         decay: beta of the moving average.
         eps: ridge relative to the largest eigenvalue of A.
-        initial_scale: A starts as this times I, and A <- beta A + (1 - beta) M. At 0 it is the mean of the statistics
-            with weights beta^age, from the first one that is not zero: A <- (1 - s) A + s M, s = (1 - beta) / (1 -
-            beta^t). (Were A the first statistic and beta A + (1 - beta) M from then on, that one would count for
-            1 / (1 - beta) later ones.)
+        initial_scale: A starts as this times I, and A <- beta A + (1 - beta) M. At 0 A is the average of all statistics
+            since the first that is not zero, with weights beta^age (Adam's bias correction).
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A):
             one gradient spike would otherwise own A for hundreds of updates. A change of scale that lasts is followed
-            from its second statistic on.
+            from its second statistic on. The first statistic has nothing to be compared with.
     """
 
     power: int = 4
@@ -60,17 +58,6 @@ class Factor(ABC):
     statistic_limit: float = 4.0
 
     one_period: ClassVar[bool] = False  # update leaves nothing for refresh to do
-
-    def records(self, blocks: int, device: torch.device | str) -> State:
-        """What is kept beside A.
-
-        How many statistics there were, the square root of the last one's trace, and how many changes failed.
-        """
-        return {
-            "updates": torch.zeros(blocks, dtype=torch.int32, device=device),
-            "previous_norm": torch.zeros(blocks, device=device),
-            "failures": torch.zeros(blocks, dtype=torch.int32, device=device),
-        }
 
     @abstractmethod
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -102,34 +89,31 @@ class Factor(ABC):
             m: symmetric positive semidefinite [k, n, n], float32 or float64 (the dtype of the computation).
             magnitude: [k], apart from M because its square may overflow or underflow.
         """
-        changed, ok = self._update(state, m, magnitude)
-        changed |= {
-            "previous_norm": _storable(magnitude * trace(m).sqrt()),
-            "updates": self._updates(state, m),
-        }
-        return _keep_good(state, changed, ok)
+        norm = magnitude * trace(m).sqrt()  # NaN where a trace is negative, and nothing of that block is kept
+        updates = state["updates"] + ((state["updates"] > 0) | (norm > 0))
+        changed, ok = self._update(state | {"updates": updates}, m, magnitude)
+        return _keep_good(state, changed | {"updates": updates, "previous_norm": _storable(norm)}, ok)
 
     def refresh(self, state: State, dtype: torch.dtype) -> State:
         """Compute the root of the statistic that is kept, in ``dtype``."""
         return _keep_good(state, *self._refresh(state, dtype))
 
-    def _updates(self, state: State, m: Tensor) -> Tensor:
-        """How many statistics there are with M, from the first one that is not zero, int32 [k]."""
-        return state["updates"] + ((state["updates"] > 0) | (trace(m) > 0))
+    def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+        """(1 - s) A + s magnitude^2 M, with s = (1 - beta) / (1 - beta^t) at the t-th statistic.
 
-    def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor, unit: Tensor | None = None) -> Tensor:
-        """The average with magnitude^2 M in it; A and the magnitude are given in units of unit^2 and unit, [k]."""
-        size, old, new = magnitude.square(), trace(a), trace(m)
+        A and the magnitude are in units of unit^2 and unit, [k].
+        """
+        scale, old, new = magnitude.square(), trace(a), trace(m)
+        share = torch.full_like(scale, 1 - self.decay)
         if not self.initial_scale:
-            previous = state["previous_norm"].to(old.dtype) / (1.0 if unit is None else unit)
-            usual = old.maximum(previous.square())
-            outlier = (old > 0) & (size * new > self.statistic_limit * usual)
-            size = torch.where(outlier, old / torch.where(new > 0, new, 1.0), size)
-            share = (1 - self.decay) / (1 - self.decay ** self._updates(state, m).clamp(min=1).to(m.dtype))
-        else:
-            share = torch.full_like(size, 1 - self.decay)
-        size = size.clamp(max=torch.finfo(m.dtype).max)
-        return each(1 - share, a) * a + each(share * size, m) * m
+            reference = old.maximum((state["previous_norm"].to(old.dtype) / unit).square())
+            outlier = (old > 0) & (scale * new > self.statistic_limit * reference)
+            scale = torch.where(outlier, old / torch.where(new > 0, new, 1.0), scale)
+            log_decay = math.log(self.decay) if self.decay else -math.inf
+            t = state["updates"].clamp(min=1).to(share.dtype)
+            share = (share / -torch.expm1(t * log_decay)).clamp(max=1.0)
+        scale = scale.clamp(max=torch.finfo(m.dtype).max)
+        return each(1 - share, a) * a + each(share * scale, m) * m
 
 
 def _plain(value: Any) -> Any:
@@ -153,6 +137,15 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
+def counters(blocks: int, device: torch.device | str) -> State:
+    """What every form keeps beside A: statistics since the first, the last one's norm (tr M)^(1/2), failed changes."""
+    return {
+        "updates": torch.zeros(blocks, dtype=torch.int32, device=device),
+        "previous_norm": torch.zeros(blocks, device=device),
+        "failures": torch.zeros(blocks, dtype=torch.int32, device=device),
+    }
+
+
 def identity(blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.eye(order, dtype=dtype, device=device).expand(blocks, -1, -1).contiguous()
 
@@ -163,7 +156,7 @@ class Dense(Factor):
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         eye = identity(blocks, order, dtype, device)
-        return {"statistic": self.initial_scale * eye, "root": eye} | self.records(blocks, device)
+        return {"statistic": self.initial_scale * eye, "root": eye} | counters(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["statistic"].to(dtype)
@@ -193,7 +186,7 @@ class Direct(Factor):
         start = self.codec.identity(blocks, order, dtype, device)
         root = put("root", self.codec.identity(blocks, order, dtype, device))
         start["diagonal"] *= self.initial_scale
-        return put("statistic", start) | root | self.records(blocks, device)
+        return put("statistic", start) | root | counters(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return symmetrize(self.codec.decode(take("statistic", state), dtype))
