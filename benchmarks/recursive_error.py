@@ -58,10 +58,12 @@ def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> 
     return state if factor.one_period else factor.refresh(state, torch.float32)
 
 
-def averages(stream: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each statistic with the float64 mean of all until then, with weights 0.95^age."""
-    weight, a = 0.0, torch.zeros((), dtype=torch.float64)
+def averages(stream: Iterable[Tensor], initial_scale: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each statistic with the float64 average that a form with that initial scale aims at."""
+    weight, a = float(initial_scale > 0), torch.zeros((), dtype=torch.float64)
     for m in stream:
+        if initial_scale and a.dim() == 0:
+            a = initial_scale * torch.eye(m.shape[-1], dtype=m.dtype).expand_as(m)
         weight = DECAY * weight + 1 - DECAY
         a = a + (1 - DECAY) / weight * (m - a)
         yield m, a
@@ -73,7 +75,7 @@ def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
     for eps in (1e-6, 1e-4):
         for label, factor in forms(eps).items():
             state = factor.init(len(seeds), order, torch.float32, "cpu")
-            for m, a in averages(statistics(log_spaced(order), order // 4, seeds, 100)):
+            for m, a in averages(statistics(log_spaced(order), order // 4, seeds, 100), factor.initial_scale):
                 state, mean = advance(factor, state, m), a
             size = bits_per_element(factor, order)
             row = rows.setdefault(label, {"kept between updates": label, "bits/element": size})
@@ -120,7 +122,7 @@ def main() -> None:
     spike = spike_table(args.spike_order, seeds)
     note = "Without a limit on tr(M) / tr(A) the spike owns the average; with it, it counts as one statistic."
     show(f"Recovery from one spike, order {args.spike_order}, mean of {args.seeds} streams", spike, note)
-    keep("recursive_error", {"recursive": errors, "spike": spike})
+    keep("recursive_error", {"recursive": errors, "spike": spike}, vars(args))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,13 @@ def show(title: str, rows: list[dict[str, Any]], note: str = "") -> None:
     Console(width=max(console.width, 110, 30 + 11 * len(rows[0]))).print(table)
 
 
-def keep(name: str, tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Write the tables and the environment to results/<name>.json."""
+def keep(name: str, tables: dict[str, list[dict[str, Any]]], settings: dict[str, Any] | None = None) -> None:
+    """Write the tables, the settings that they were made with and the environment to results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "tables": tables}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"environment": environment(), "settings": settings or {}, "tables": tables}, indent=1) + "\n"
+    )
     print(f"kept in {path}")
 
 

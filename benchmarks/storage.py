@@ -1,20 +1,19 @@
-"""Every storage form: its bits, its error after one coding and after many updates, what an update costs, and its drift.
+"""Every storage form: its bits, its error after one statistic and after many, what an update costs, and its drift.
 
-The recursive error is that of A^(-1/4) against a float64 moving average of the same statistics, at the form's own rule
-for small eigenvalues, after a number of updates A <- 0.95 A + 0.05 G G^T. Bits count everything that the form keeps of
-one factor, statistic and root. Figures are means over streams; a cost is the median time of an update with its refresh,
-of the CPU and, where there is one, on the GPU, over that of the dense form in the same run. Up to order 128 every form
-and every stream is measured, above it the main ones.
+The error is that of A^(-1/4) against a float64 moving average of the same statistics G G^T (beta 0.95), at the form's
+own rule for small eigenvalues. Bits count everything that the form keeps of one factor, statistic and root. Figures are
+means over streams; a cost is the median time of an update with its refresh, of one CPU thread and, where there is one,
+on the GPU, over that of the dense form in the same run. Up to order 128 every form and every stream is measured, above
+it the main ones.
 
     python -m benchmarks.storage                                      # orders 128 and 384, and the drift
-    python -m benchmarks.storage --orders 1200 --updates 30 --spectra log-spaced --drift-updates 0
+    python -m benchmarks.storage --orders 1200 --updates 60 --spectra log-spaced --drift-updates 0
 """
 
 import argparse
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -33,7 +32,7 @@ from benchmarks.matrices import (
     uneven,
 )
 from benchmarks.plots import pareto
-from benchmarks.recursive_error import WIDTHS, advance, averages, fourth_root, root_form, top_ratio
+from benchmarks.recursive_error import WIDTHS, advance, averages, fourth_root, top_ratio
 from benchmarks.report import RESULTS, keep, show
 from lowbit_optim.presets import WANG2024
 from lowbit_optim.storage import Quantization, Symmetric
@@ -47,7 +46,8 @@ RECTIFY = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
 
 STUDY_ORDER = 128  # above it, only the main forms and streams
 BUDGETS = (4.2, 2.2)  # bits per element, everything counted, within which the least error is named
-WINDOW = 50  # updates that a figure of the drift is a mean over
+DRIFT_FORMS = {"root": WIDTHS, "logarithm": (4, 2, 1)}
+WINDOW = 100  # updates that a figure of the drift is a mean over
 
 
 def forms(order: int) -> dict[str, Factor]:
@@ -83,7 +83,7 @@ def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, orde
     """The error after the last update, and the CPU seconds of each."""
     state = factor.init(len(seeds), order, torch.float32, "cpu")
     seconds = []
-    for m, a in averages(stream):
+    for m, a in averages(stream, factor.initial_scale):
         mean = a
         began = time.process_time()
         state = advance(factor, state, m)
@@ -92,7 +92,7 @@ def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, orde
 
 
 def gpu_seconds(factor: Factor, order: int, seeds: range) -> float:
-    """The median time of an update on the GPU."""
+    """The median time of an update on the GPU, once it is warm."""
     state = factor.init(len(seeds), order, torch.float32, "cuda")
     seconds = []
     for m in list(statistics(log_spaced(order), order // 4, seeds, 12)):
@@ -102,7 +102,7 @@ def gpu_seconds(factor: Factor, order: int, seeds: range) -> float:
         state = advance(factor, state, m)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return median(seconds)
+    return median(seconds[2:])
 
 
 def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[str, Iterator[Tensor]]:
@@ -130,7 +130,7 @@ def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[
             seconds += spent
         costs = {"update / dense": median(seconds)}
         if torch.cuda.is_available():
-            costs["on the GPU"] = gpu_seconds(factor, order, seeds)
+            costs["on the GPU / dense"] = gpu_seconds(factor, order, seeds)
         dense = dense or costs  # the first row
         rows.append(row | {name: cost / dense[name] for name, cost in costs.items()})
     return rows
@@ -142,22 +142,22 @@ def least(rows: list[dict[str, Any]], spectra: list[str]) -> list[dict[str, Any]
     best = []
     for budget in BUDGETS:
         for spectrum in spectra:
-            row = min((r for r in rows if r["bits"] <= budget), key=lambda r: r[spectrum], default=None)
-            if row is not None:
-                share = {"form": row["form"], "bits": row["bits"], "error": row[spectrum], "paper": paper[spectrum]}
-                best.append({"bits at most": budget, "spectrum": spectrum, **share})
+            row = min((r for r in rows if r["bits"] <= budget), key=lambda r: r[spectrum])
+            share = {"form": row["form"], "bits": row["bits"], "error": row[spectrum], "paper": paper[spectrum]}
+            best.append({"bits at most": budget, "spectrum": spectrum, **share})
     return best
 
 
 def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
-    """The root form's error and largest eigenvalue (over the true one) after 100 updates and after ``updates``.
+    """Error and largest eigenvalue (over the true one) after 100 updates and after ``updates``.
 
-    A figure is the mean over the streams and over the 50 updates around 100, or before the last.
+    A figure is the mean over the streams and over every second of the 100 updates around 100, or before the last.
     """
     rows = []
     ends = (100 + WINDOW // 2, updates)
-    for bits, spectrum in track([(b, s) for b in WIDTHS for s in spectra], f"drift, order {order}", transient=True):
-        factor = root_form(bits)
+    asked = [(storage, bits, spectrum) for storage, by in DRIFT_FORMS.items() for bits in by for spectrum in spectra]
+    for storage, bits, spectrum in track(asked, f"drift, order {order}", transient=True):
+        factor = form(storage, bits, None, "triangle", True, **RECTIFY)
         state = factor.init(len(seeds), order, torch.float32, "cpu")
         ratios: dict[int, list[Tensor]] = {end: [] for end in ends}
         errors: dict[int, list[Tensor]] = {end: [] for end in ends}
@@ -169,7 +169,7 @@ def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[di
                     errors[end].append(relative_error(fourth_root(factor, state), exact_root(a, factor)))
         error = [torch.stack(errors[end]).mean().item() for end in ends]
         ratio = [torch.stack(ratios[end]).mean().exp().item() for end in ends]
-        row: dict[str, Any] = {"root form": f"bits={bits}", "spectrum": spectrum}
+        row: dict[str, Any] = {"form": f"{storage} {bits}", "spectrum": spectrum}
         row |= {"error at 100": error[0], f"at {updates}": error[1], "quotient": error[1] / error[0]}
         row |= {"top eigenvalue at 100": ratio[0], f"top at {updates}": ratio[1], "its quotient": ratio[1] / ratio[0]}
         rows.append(row)
@@ -185,20 +185,24 @@ def main() -> None:
     add("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
     add("--drift-order", type=int, default=128, help="order of the drift's matrices (default 128)")
     add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
-    add("--out", type=Path, default=RESULTS, help="folder of the PNGs (default benchmarks/results)")
+    add("--drift-seeds", type=int, default=2, help="streams of the drift (default 2)")
     args = parser.parse_args()
+    if 0 < args.drift_updates < 100 + WINDOW:
+        parser.error(f"--drift-updates is {args.drift_updates}; it must be 0 or at least {100 + WINDOW}")
+    torch.set_num_threads(1)  # waiting threads would count as CPU time
     seeds = range(args.seeds)
     for order in args.orders:
         rows = measure(order, seeds, args.updates, args.spectra)
-        best = least(rows, args.spectra)
+        best = least(rows, args.spectra) if order > STUDY_ORDER else []  # below, diagonals weigh too much
         show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} stream(s)", rows)
-        show(f"Least error within a budget, order {order}", best)
-        keep(f"storage-{order}", {f"order {order}": rows, "least": best})
-        pareto([(r["form"], r["bits"], r[args.spectra[0]]) for r in rows], args.out / f"storage-{order}.png", order)
+        if best:
+            show(f"Least error within a budget of bits per element, order {order}", best)
+        keep(f"storage-{order}", {"error": rows, "least": best}, vars(args))
+        pareto([(r["form"], r["bits"], r[args.spectra[0]]) for r in rows], RESULTS / f"storage-{order}.png", order)
     if args.drift_updates:
-        rows = drift(args.drift_order, seeds, args.drift_updates, args.spectra)
-        show(f"Drift of the root form, order {args.drift_order}, mean of {args.seeds} stream(s)", rows)
-        keep(f"storage-drift-{args.drift_order}", {"drift": rows})
+        rows = drift(args.drift_order, range(args.drift_seeds), args.drift_updates, args.spectra)
+        show(f"Drift, order {args.drift_order}, mean of {args.drift_seeds} stream(s)", rows)
+        keep(f"storage-drift-{args.drift_order}", {"drift": rows}, vars(args))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def main() -> None:
     rows = measure(args.order, range(args.seeds), args.updates)
     title = f"Error of A^(-1/4) at order {args.order}, {args.updates} updates, mean of {args.seeds} streams"
     show(title, rows)
-    keep("storage_ideas", {"ideas": rows})
+    keep("storage_ideas", {"ideas": rows}, vars(args))
 
 
 if __name__ == "__main__":
