@@ -39,7 +39,8 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         losses = dict(zip(runs, pool.map(final_loss, *zip(*runs, strict=True)), strict=True))
     rows = [
-        {"learning rate": rate, "AdamW": losses[ADAMW, rate], "4-bit Shampoo": losses[SHAMPOO, rate]} for rate in RATES
+        {"learning rate": rate, "AdamW": losses[ADAMW, rate], "low-bit Shampoo": losses[SHAMPOO, rate]}
+        for rate in RATES
     ]
     show("The demo's validation loss after 900 steps, seed 0", rows)
     keep("demo_rates", {"validation loss": rows})

@@ -1,4 +1,4 @@
-"""Second-order optimizers for PyTorch on states of about 4 bits a number."""
+"""Second-order optimizers for PyTorch on states of a few bits a number."""
 
 from importlib.metadata import version
 

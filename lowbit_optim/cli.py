@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a small transformer with AdamW and with 4-bit Shampoo, and compare",
+        help="train a small transformer with AdamW and with low-bit Shampoo, and compare",
         description="Train a small transformer with AdamW and with Shampoo on 32-bit and on low-bit state, resume from "
         "a compressed checkpoint in a fresh process, and end with a table, a picture and all numbers as JSON.",
         argument_default=argparse.SUPPRESS,

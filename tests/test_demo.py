@@ -146,7 +146,7 @@ def test_a_run_that_fails_is_named(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", str(python))
     assert cli.main(["demo", "--resume", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "4-bit Shampoo, resumed failed: ValueError: out of paper" in error
+    assert f"{SETTINGS.bits:g}-bit Shampoo, resumed failed: ValueError: out of paper" in error
     assert str(out / RESUMED / "log.txt") in error
 
 
@@ -211,7 +211,7 @@ def test_bits_32_needs_no_second_32_bit_run(results):
 @pytest.mark.parametrize("storage", ["root", "eigen", "direct"])
 def test_every_byte_of_the_state_is_counted(storage):
     model = worker.GPT(vocabulary=70)
-    optimizer = worker.make_optimizer(SHAMPOO, replace(SETTINGS, storage=storage), model.parameters())
+    optimizer = worker.make_optimizer(SHAMPOO, replace(SETTINGS, storage=storage, bits=4), model.parameters())
     model(torch.zeros(2, CONTEXT + 1, dtype=torch.int64)).backward()
     optimizer.step()
     kinds = worker.state_bytes(optimizer)

@@ -184,12 +184,13 @@ async def _run_one(run: str, out: Path, label: str, display: "Display") -> None:
     except asyncio.CancelledError:
         with suppress(ProcessLookupError, ValueError):  # it has ended; Windows, where Ctrl-C reaches it anyway
             process.send_signal(signal.SIGINT)
-        # Until it has saved; to the end of the pipe, or its transport outlives the loop; and through being cancelled
-        # once more, as whoever takes longer is when the other run has ended.
-        ending = asyncio.ensure_future(process.communicate())
+        # Wait until it has saved and its pipe is closed, or its transport outlives the loop. When the other run ends
+        # first, asyncio.run cancels this task a second time: wait through that too.
+        ending = asyncio.create_task(process.communicate())
         while not ending.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.shield(ending)
+        ending.result()
         raise
     if code == INTERRUPTED:  # Ctrl-C reaches all processes of a terminal
         raise asyncio.CancelledError

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lowbit_optim import Shampoo
 from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint
+from lowbit_optim.presets import DEFAULT_BITS
 
 RUNS = ADAMW, SHAMPOO32, SHAMPOO, RESUMED = "adamw", "shampoo-32bit", "shampoo", "resumed"
 
@@ -56,7 +57,7 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     storage: str = "root"
-    bits: float = 4
+    bits: float = DEFAULT_BITS
     text: str | None = None
     text_sha256: str = ""
 

@@ -35,19 +35,21 @@ class Shampoo(SecondOrder):
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
         bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
             them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 2.
-        storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "eigen" (the
-            paper's rectified eigenvectors), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
+        storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "logarithm"
+            (only the logarithm: steadier at few bits, dearer in every step), "eigen" (the paper's rectified
+            eigenvectors; 3 bits and more), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
             "cholesky-feedback" (a Cholesky factor, without and with error feedback), "direct" (the matrices
             themselves), "dense" (bits=32). Default "root".
         quantization: a ``Quantization`` that says how codes are made, instead of ``bits`` (unless bits is 32).
-        layout: "triangle" or "square" (the paper's): what is kept of a symmetric matrix. Default "triangle".
+        layout: "triangle" or "square" (the paper's; 3 bits and more): what is kept of a symmetric matrix. Default
+            "triangle".
         precondition: False leaves the group to the base optimizer. Default True.
         max_preconditioner_dim: longer sides are split into equal blocks. Default 1200.
         min_quant_size: a factor with fewer elements keeps its form, but in float32. Default 4096.
         statistics_frequency: steps between statistics updates (T1). Default 100.
-        precondition_frequency: steps between root updates (T2). Storage "root" has one period,
-            ``statistics_frequency``, and takes None or that number only (with bits=32 any). Default None: that period
-            for storage "root", else 500. The first root comes with the first such step: until then the base runs alone.
+        precondition_frequency: steps between root updates (T2). Storages "root" and "logarithm" have one period,
+            ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that period
+            for them, else 500. The first root comes with the first such step: until then the base runs alone.
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
         shampoo_beta: decay of the statistics. Default 0.95.
         matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
