@@ -48,6 +48,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "root-2": {"bits": 2, **ROOT},
     "root-1.5": {"bits": 1.5, **ROOT},
     "root-1": {"bits": 1, **ROOT},
+    "logarithm-2": {"bits": 2, **ROOT, "storage": "logarithm"},
+    "logarithm-1": {"bits": 1, **ROOT, "storage": "logarithm"},
 }
 COMMON: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
 BASELINE, REFERENCE, PAPER = "adamw", "shampoo-32", "wang2024"
@@ -284,7 +286,7 @@ class Result:
     @property
     def family(self) -> int:
         """For the plot: the baseline, the reference, others' forms, ours."""
-        return {BASELINE: 0, REFERENCE: 1}.get(self.method, 3 if self.method.startswith("root") else 2)
+        return {BASELINE: 0, REFERENCE: 1}.get(self.method, 3 if self.method.startswith(("root", "logarithm")) else 2)
 
     @property
     def label(self) -> str:

@@ -90,7 +90,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 def source_hash(files: Iterable[Path]) -> str:
     """One number for Python sources, whatever their comments, docstrings and layout."""
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):  # wherever the package lies
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
