@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from lowbit_optim.storage import Quantization
 
-# Of every second-order optimizer here: the smallest budget that passes benchmarks.convergence (docs/default.md).
+# The default `bits` of the second-order optimizers, chosen as docs/default.md says.
 DEFAULT_BITS: float = 2
 
 # 4-bit Shampoo as Wang, Zhou, Li and Huang (NeurIPS 2024) describe it: rectified 4-bit eigenvectors, roots as 4-bit
