@@ -186,7 +186,7 @@ async def _run_one(run: str, out: Path, label: str, display: "Display") -> None:
             process.send_signal(signal.SIGINT)
         # Wait until it has saved and its pipe is closed, or its transport outlives the loop. When the other run ends
         # first, asyncio.run cancels this task a second time: wait through that too.
-        ending = asyncio.create_task(process.communicate())
+        ending = asyncio.create_task(_end_of(process))
         while not ending.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.shield(ending)
@@ -199,6 +199,11 @@ async def _run_one(run: str, out: Path, label: str, display: "Display") -> None:
         raise DemoError(f"the run of {label} failed: {lines[-1] if lines else f'exit code {code}'} (all: {log_file})")
     if lines:
         display.note(f"{label} gave warnings: see {log_file}")
+
+
+async def _end_of(process: asyncio.subprocess.Process) -> None:
+    await process.communicate()
+    await asyncio.sleep(0.2)  # the transport closes a few turns of the loop later
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
