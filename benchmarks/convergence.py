@@ -318,10 +318,11 @@ class Result:
             "factor bytes": f"{self.records[0]['preconditioner_bytes']:,}",
         }
 
-    def verdict(self, reference: "Result", quarter: float, paper: "Result") -> dict[str, bool]:
+    def verdict(self, baseline: "Result", reference: "Result", paper: "Result") -> dict[str, bool]:
         """Each condition on a form, in words, and whether it holds; none does where a run is missing or diverged."""
-        bound = sum(self.minus(reference))
-        verdict = {f"upper bound {bound:+.4f} <= {quarter:.4f}": self.sound and reference.sound and bound <= quarter}
+        bound, quarter = sum(self.minus(reference)), baseline.minus(reference)[0] / 4
+        sound = self.sound and reference.sound and baseline.sound
+        verdict = {f"upper bound {bound:+.4f} <= {quarter:.4f}": sound and bound <= quarter}
         if paper.losses and self.method != PAPER:
             more, error = self.minus(paper)
             verdict[f"minus {PAPER} {more:+.4f} ± {error:.4f}, its mean <= 0"] = (
@@ -359,7 +360,7 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
             print("  runs are missing or diverged: where they are, no condition holds")
         for result in shown:
             if result.method not in (BASELINE, REFERENCE):
-                verdict = result.verdict(reference, gain / 4, paper)
+                verdict = result.verdict(baseline, reference, paper)
                 holds.setdefault(result.method, {})[task] = list(verdict.values())
                 print(f"  {result.method}: " + "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in verdict.items()))
         band = (reference.mean, reference.mean + gain / 4) if gain > 0 else None

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +15,11 @@ from lowbit_optim.demo import worker
 from lowbit_optim.demo.worker import ADAMW, SHAMPOO, Settings
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SETTINGS = Settings()
 
 
 def final_loss(run: str, rate: float) -> float:
-    """The validation loss at the end of one run of the demo, seed 0."""
+    """The validation loss at the end of one run of the demo."""
     torch.set_num_threads(1)
     worker.LEARNING_RATE = rate
     text = worker.read_text(None)
@@ -29,7 +31,7 @@ def final_loss(run: str, rate: float) -> float:
 
     with TemporaryDirectory() as folder:
         (Path(folder) / run).mkdir()
-        worker.train(run, Settings(text_sha256=worker.text_sha256(text)), Path(folder), tell=tell)
+        worker.train(run, replace(SETTINGS, text_sha256=worker.text_sha256(text)), Path(folder), tell=tell)
     return losses[-1]
 
 
@@ -42,8 +44,8 @@ def main() -> None:
         {"learning rate": rate, "AdamW": losses[ADAMW, rate], "low-bit Shampoo": losses[SHAMPOO, rate]}
         for rate in RATES
     ]
-    show("The demo's validation loss after 900 steps, seed 0", rows)
-    keep("demo_rates", {"validation loss": rows})
+    show(f"The demo's validation loss after {SETTINGS.steps} steps, seed {SETTINGS.seed}", rows)
+    keep("demo_rates", {"validation loss": rows}, asdict(SETTINGS))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
-"""Symmetric test matrices and streams of statistics, float64, and how the error of an inverse root is measured."""
+"""What the storage benchmarks share: test matrices and streams of statistics in float64, forms, and their errors."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_optim.storage.factors import Factor
+from lowbit_optim.presets import WANG2024
+from lowbit_optim.storage.budget import BITS, form
+from lowbit_optim.storage.factors import Factor, State
 from lowbit_optim.storage.root import Root
+
+DECAY = 0.95
+WIDTHS = tuple(bits for bits in BITS if bits <= 8)
+PAPER = {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
+_RECTIFY = {key: WANG2024[key] for key in ("rectify_update", "rectify_root", "orthogonal_iterations")}
 
 
 def orthogonal(order: int, generator: torch.Generator) -> Tensor:
@@ -68,11 +76,43 @@ def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
 
 
-def exact_root(a: Tensor, form: Factor) -> Tensor:
+def low_bit(storage: str, bits: float, **shared: Any) -> Factor:
+    """The form that ``Shampoo(storage=..., bits=...)`` keeps large factors in."""
+    return form(storage, bits, None, "triangle", True, **_RECTIFY, **shared)
+
+
+def of_the_paper(storage: str, **shared: Any) -> Factor:
+    """The form "eigen" of Wang et al. 2024, or with "direct" the one that they call naive."""
+    return form(storage, 4, WANG2024["quantization"], "square", True, **_RECTIFY, **PAPER, **shared)
+
+
+def fourth_root(factor: Factor, state: State) -> Tensor:
+    """A^(-1/4) as the form gives it back."""
+    return factor.root(state, torch.float32).double()
+
+
+def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> State:
+    """One update, and a refresh where the form has one."""
+    state = factor.update(state, m.float(), torch.full((len(m),), magnitude, device=m.device))
+    return state if factor.one_period else factor.refresh(state, torch.float32)
+
+
+def averages(stream: Iterable[Tensor], initial_scale: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each statistic with the float64 average that a form with that initial scale aims at."""
+    weight, a = float(initial_scale > 0), torch.zeros((), dtype=torch.float64)
+    for m in stream:
+        if initial_scale and a.dim() == 0:
+            a = initial_scale * torch.eye(m.shape[-1], dtype=m.dtype).expand_as(m)
+        weight = DECAY * weight + 1 - DECAY
+        a = a + (1 - DECAY) / weight * (m - a)
+        yield m, a
+
+
+def exact_root(a: Tensor, factor: Factor) -> Tensor:
     """A^(-1/4) by the form's own rule: the root form raises eigenvalues to eps lambda_max, the others add that."""
     values, vectors = torch.linalg.eigh(a)
-    floor = form.eps * values.amax(-1, keepdim=True)
-    return power(values.maximum(floor) if isinstance(form, Root) else values.clamp(min=0) + floor, vectors, -1 / 4)
+    floor = factor.eps * values.amax(-1, keepdim=True)
+    return power(values.maximum(floor) if isinstance(factor, Root) else values.clamp(min=0) + floor, vectors, -1 / 4)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> Tensor:
@@ -86,7 +126,12 @@ def angle(got: Tensor, exact: Tensor) -> Tensor:
     return torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))
 
 
-def bits_per_element(form: Factor, order: int) -> float:
+def top_ratio(factor: Factor, state: State, a: Tensor) -> Tensor:
+    """The largest eigenvalue that the form gives back, over the true one."""
+    return torch.linalg.eigvalsh(factor.statistic(state, torch.float64))[..., -1] / torch.linalg.eigvalsh(a)[..., -1]
+
+
+def bits_per_element(factor: Factor, order: int) -> float:
     """Bits of everything that a form keeps of one factor, over the elements of its square."""
-    state = form.init(1, order, torch.float32, "meta")
+    state = factor.init(1, order, torch.float32, "meta")
     return 8 * sum(t.numel() * t.element_size() for t in state.values()) / order**2

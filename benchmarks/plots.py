@@ -62,7 +62,7 @@ def dot_plots(panels: list[Panel], path: Path, axis: str, note: str) -> None:
     plt.close(figure)
 
 
-def pareto(points: list[tuple[str, float, float]], path: Path, order: int) -> None:
+def pareto(points: list[tuple[str, float, float]], title: str, path: Path) -> None:
     """Draw (label, bits, error) points and the front of those that no other beats in both, into a PNG."""
     figure, ax = plt.subplots(figsize=(10, 6), dpi=120)
     best = float("inf")
@@ -71,7 +71,7 @@ def pareto(points: list[tuple[str, float, float]], path: Path, order: int) -> No
         if error < best:
             best = error
             front.append((bits, error))
-        family = FAMILIES[2] if label.startswith("root") else FAMILIES[3]
+        family = FAMILIES[3] if label.startswith(("root", "logarithm")) else FAMILIES[2]
         ax.plot(bits, error, "o", color=family, markersize=5)
         ax.annotate(label, (bits, error), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
     ax.plot(*zip(*front, strict=True), color=FAMILIES[1], linewidth=1, linestyle=":", drawstyle="steps-post")
@@ -79,7 +79,7 @@ def pareto(points: list[tuple[str, float, float]], path: Path, order: int) -> No
     ax.set_yscale("log")
     ax.set_xlabel("bits per element of the factor, everything that is kept counted")
     ax.set_ylabel("recursive relative error of the inverse fourth root")
-    ax.set_title(f"Storage forms, order {order}: lower left is better; dotted, the front", loc="left", fontsize=11)
+    ax.set_title(f"Storage forms, {title}: lower left is better; dotted, the front", loc="left", fontsize=11)
     ax.grid(alpha=0.25, which="both")
     ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.matrices import angle, bits_per_element, power, relative_error, two_level
+from benchmarks.matrices import WIDTHS, angle, bits_per_element, low_bit, power, relative_error, two_level
 from benchmarks.report import keep, show
 from lowbit_optim.linalg import inverse_root
 from lowbit_optim.storage import Quantization, Symmetric
-from lowbit_optim.storage.budget import form
 from lowbit_optim.storage.eigen import Eigen, Rows
 from lowbit_optim.storage.factors import Direct, Factor, put
 from lowbit_optim.storage.root import Root
@@ -47,10 +46,7 @@ def cases() -> list[Case]:
             ("root alone", Root(codec=square)),
         ]
         rows += [Case(f"{codebook}: {what}", f, paper) for (what, f), paper in zip(forms, figures, strict=True)]
-    options = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
-    for bits in (8, 4, 3, 2, 1.5, 1):
-        rows.append(Case(f"ours: root, bits={bits}", form("root", bits, None, "triangle", True, **options)))
-    return rows
+    return rows + [Case(f"ours: root, bits={bits}", low_bit("root", bits)) for bits in WIDTHS]
 
 
 def dequantized_root(form: Factor, values: Tensor, vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What re-quantization at every update does: the state goes through A <- 0.95 A + 0.05 G G^T again and again.
+"""What re-quantization at every update does: the state goes through a moving average of G G^T again and again.
 
 Two tables: the error of the root after 100 updates, for each form and two values of eps; and the recovery from one
 gradient that is a million times too large. (The drift over 1000 updates is in benchmarks.storage.)
@@ -6,67 +6,42 @@ gradient that is a million times too large. (The drift over 1000 updates is in b
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.matrices import bits_per_element, exact_root, log_spaced, relative_error, statistics
+from benchmarks.matrices import (
+    PAPER,
+    WIDTHS,
+    advance,
+    averages,
+    bits_per_element,
+    exact_root,
+    fourth_root,
+    log_spaced,
+    low_bit,
+    of_the_paper,
+    relative_error,
+    statistics,
+)
 from benchmarks.report import keep, show
-from lowbit_optim.presets import WANG2024
-from lowbit_optim.storage import Quantization, Symmetric
-from lowbit_optim.storage.budget import BITS, form
+from lowbit_optim.storage import Symmetric
 from lowbit_optim.storage.eigen import Eigen, Rows
-from lowbit_optim.storage.factors import Dense, Direct, Factor, State
-from lowbit_optim.storage.root import Root
-
-DECAY = 0.95
-WIDTHS = tuple(bits for bits in BITS if bits <= 8)
-
-
-def root_form(bits: float, **shared: Any) -> Factor:
-    """The root form at a budget, as ``Shampoo(bits=...)`` would keep it."""
-    eigen = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
-    return form("root", bits, None, "triangle", True, **eigen, **shared)
+from lowbit_optim.storage.factors import Dense, Factor
 
 
 def forms(eps: float) -> dict[str, Factor]:
     """The forms of the first table."""
-    paper: Any = {"eps": eps} | {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
-    four = Quantization(4, "linear-2")
-    square = Symmetric(four, "square")
-    nf4 = Symmetric(Quantization(4, "nf", double=True, scale="fitted"))
+    unquantized = Eigen(vectors=Rows(None), codec=Symmetric(), eps=eps, **PAPER)
     return {
         "dense: A and root, exact": Dense(eps=eps),
-        "eigen: U in float32, one QR per update": Eigen(vectors=Rows(None), codec=Symmetric(), **paper),
-        "eigen: U 4-bit, rectified, root 4-bit square (the paper)": Eigen(vectors=Rows(four), codec=square, **paper),
-        "direct: A and root 4-bit squares (naive)": Direct(codec=square, **paper),
-        **{f"root: bits={bits}": root_form(bits, eps=eps) for bits in WIDTHS},
-        "root: A^(-1/8), NormalFloat-4": Root(codec=nf4, stored_power=8, eps=eps),
+        "eigen: U in float32, one QR per update": unquantized,
+        "eigen: U 4-bit, rectified, root 4-bit square (the paper)": of_the_paper("eigen", eps=eps),
+        "direct: A and root 4-bit squares (naive)": of_the_paper("direct", eps=eps),
+        **{f"root: bits={bits}": low_bit("root", bits, eps=eps) for bits in WIDTHS},
+        "root: A^(-1/8), NormalFloat-4": replace(low_bit("root", 2, eps=eps), stored_power=8),
     }
-
-
-def fourth_root(factor: Factor, state: State) -> Tensor:
-    """A^(-1/4) as the form gives it back."""
-    return factor.root(state, torch.float32).double()
-
-
-def advance(factor: Factor, state: State, m: Tensor, magnitude: float = 1.0) -> State:
-    """One update, and a refresh where the form has one."""
-    state = factor.update(state, m.float(), torch.full((len(m),), magnitude, device=m.device))
-    return state if factor.one_period else factor.refresh(state, torch.float32)
-
-
-def averages(stream: Iterable[Tensor], initial_scale: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each statistic with the float64 average that a form with that initial scale aims at."""
-    weight, a = float(initial_scale > 0), torch.zeros((), dtype=torch.float64)
-    for m in stream:
-        if initial_scale and a.dim() == 0:
-            a = initial_scale * torch.eye(m.shape[-1], dtype=m.dtype).expand_as(m)
-        weight = DECAY * weight + 1 - DECAY
-        a = a + (1 - DECAY) / weight * (m - a)
-        yield m, a
 
 
 def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
@@ -79,22 +54,16 @@ def error_table(order: int, seeds: range) -> list[dict[str, Any]]:
                 state, mean = advance(factor, state, m), a
             size = bits_per_element(factor, order)
             row = rows.setdefault(label, {"kept between updates": label, "bits/element": size})
-            row[f"NRE, eps {eps:.0e}"] = (
-                relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item()
-            )
+            error = relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item()
+            row[f"NRE, eps {eps:.0e}"] = error
     return list(rows.values())
-
-
-def top_ratio(factor: Factor, state: State, a: Tensor) -> Tensor:
-    """The largest eigenvalue that the form gives back, over the true one."""
-    return torch.linalg.eigvalsh(factor.statistic(state, torch.float64))[..., -1] / torch.linalg.eigvalsh(a)[..., -1]
 
 
 def spike_table(order: int, seeds: range) -> list[dict[str, Any]]:
     """The 51st gradient is 1e6 times too large. The error is against an average in which it has its proper size."""
     rows = []
     forms = {"dense, no limit": Dense(statistic_limit=math.inf), "dense": Dense()}
-    for label, factor in {**forms, **{f"root: bits={bits}": root_form(bits) for bits in WIDTHS}}.items():
+    for label, factor in {**forms, **{f"root: bits={bits}": low_bit("root", bits) for bits in WIDTHS}}.items():
         state = factor.init(len(seeds), order, torch.float32, "cpu")
         row: dict[str, Any] = {"one gradient times 1e6": label}
         for t, (m, a) in enumerate(averages(statistics(log_spaced(order), order // 4, seeds, 56)), 1):

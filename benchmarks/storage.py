@@ -22,28 +22,27 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.matrices import (
+    WIDTHS,
+    advance,
+    averages,
     bits_per_element,
     exact_root,
+    fourth_root,
     log_spaced,
+    low_bit,
+    of_the_paper,
     power_law,
     relative_error,
     spiked,
     statistics,
+    top_ratio,
     uneven,
 )
 from benchmarks.plots import pareto
-from benchmarks.recursive_error import WIDTHS, advance, averages, fourth_root, top_ratio
 from benchmarks.report import RESULTS, keep, show
-from lowbit_optim.presets import WANG2024
-from lowbit_optim.storage import Quantization, Symmetric
-from lowbit_optim.storage.budget import form
 from lowbit_optim.storage.factors import Factor
-from lowbit_optim.storage.root import Root
 
 SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
-PAPER = {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
-RECTIFY = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
-
 STUDY_ORDER = 128  # above it, only the main forms and streams
 BUDGETS = (4.2, 2.2)  # bits per element, everything counted, within which the least error is named
 DRIFT_FORMS = {"root": WIDTHS, "logarithm": (4, 2, 1)}
@@ -52,35 +51,32 @@ WINDOW = 100  # updates that a figure of the drift is a mean over
 
 def forms(order: int) -> dict[str, Factor]:
     """What is compared, by the name of its row."""
-    linear2 = Quantization(4, "linear-2")
-    rows: dict[str, Factor] = {
-        "dense": form("dense", 32, None, "triangle", True, **RECTIFY),
-        "eigen, the paper": form("eigen", 4, linear2, "square", True, **RECTIFY, **PAPER),
-        "direct, naive": form("direct", 4, linear2, "square", True, **RECTIFY, **PAPER),
+    rows = {
+        "dense": low_bit("dense", 32),
+        "eigen, the paper": of_the_paper("eigen"),
+        "direct, naive": of_the_paper("direct"),
     }
     study = order <= STUDY_ORDER
     few: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), "root": WIDTHS, "logarithm": (4, 2, 1)}
     every = {"eigen": (8, 4, 3), **few, "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2)}
     for storage, budgets in (every if study else few).items():
-        rows |= {f"{storage} {bits}": form(storage, bits, None, "triangle", True, **RECTIFY) for bits in budgets}
-    for bits, codebook in ((8, "linear"), (4, "nf"), (2, "nf")) if study else ():
-        codec = Symmetric(Quantization(bits, codebook, double=True, scale="absmax" if bits == 8 else "fitted"))
-        for name, power in (("8th", 8), ("32nd", 32)):
-            rows[f"root {bits / 2:g}, kept as {name}"] = Root(codec=codec, stored_power=power)
-        rows[f"root {bits / 2:g}, correlations"] = Root(codec=replace(codec, correlations=True))
+        rows |= {f"{storage} {bits}": low_bit(storage, bits) for bits in budgets}
+    for bits in (4, 2, 1) if study else ():
+        root = low_bit("root", bits)
+        rows[f"root {bits}, kept as 8th"] = replace(root, stored_power=8)
+        rows[f"root {bits}, kept as 32nd"] = replace(root, stored_power=32)
+        rows[f"root {bits}, correlations"] = replace(root, codec=replace(root.codec, correlations=True))
     return rows
 
 
 def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
     """The error of the root after the first statistic, which is of full rank and known exactly."""
-    (m,) = statistics(levels, 4 * len(levels), seeds, 1)
-    state = advance(factor, factor.init(len(seeds), len(levels), torch.float32, "cpu"), m)
-    a = factor.initial_scale * 0.95 * torch.eye(len(levels)) + 0.05 * m if factor.initial_scale else m
-    return relative_error(fourth_root(factor, state), exact_root(a, factor)).mean().item()
+    stream = statistics(levels, 4 * len(levels), seeds, 1)
+    return recursive_error(factor, stream, seeds, len(levels))[0]
 
 
 def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, order: int) -> tuple[float, list[float]]:
-    """The error after the last update, and the CPU seconds of each."""
+    """The error after the last statistic, and the CPU seconds of each update."""
     state = factor.init(len(seeds), order, torch.float32, "cpu")
     seconds = []
     for m, a in averages(stream, factor.initial_scale):
@@ -157,7 +153,7 @@ def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[di
     ends = (100 + WINDOW // 2, updates)
     asked = [(storage, bits, spectrum) for storage, by in DRIFT_FORMS.items() for bits in by for spectrum in spectra]
     for storage, bits, spectrum in track(asked, f"drift, order {order}", transient=True):
-        factor = form(storage, bits, None, "triangle", True, **RECTIFY)
+        factor = low_bit(storage, bits)
         state = factor.init(len(seeds), order, torch.float32, "cpu")
         ratios: dict[int, list[Tensor]] = {end: [] for end in ends}
         errors: dict[int, list[Tensor]] = {end: [] for end in ends}
@@ -198,7 +194,8 @@ def main() -> None:
         if best:
             show(f"Least error within a budget of bits per element, order {order}", best)
         keep(f"storage-{order}", {"error": rows, "least": best}, vars(args))
-        pareto([(r["form"], r["bits"], r[args.spectra[0]]) for r in rows], RESULTS / f"storage-{order}.png", order)
+        points = [(r["form"], r["bits"], r[args.spectra[0]]) for r in rows]
+        pareto(points, f"order {order}, {args.spectra[0]}", RESULTS / f"storage-{order}.png")
     if args.drift_updates:
         rows = drift(args.drift_order, range(args.drift_seeds), args.drift_updates, args.spectra)
         show(f"Drift, order {args.drift_order}, mean of {args.drift_seeds} stream(s)", rows)

@@ -1,8 +1,9 @@
 """Ideas for fewer bits at less error that are not in the library: what each does to the root form.
 
 Every idea changes one thing about a root form of 4- or 2-bit codes (bits=2 and bits=1). Codes are not packed here: a
-matrix is rounded and kept as numbers, which makes an idea a few lines. Where it takes more bits than the form that it
-is compared with, its row says so. The error is that of benchmarks.storage, after 150 updates at order 128.
+matrix is rounded and kept as numbers, with exact scales, which makes an idea a few lines. Where it takes more bits than
+the form that it is compared with, its row says so. The error is that of benchmarks.storage, after 150
+updates at order 128.
 """
 
 import argparse
@@ -15,10 +16,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import pad
 
-from benchmarks.matrices import exact_root, relative_error
-from benchmarks.recursive_error import advance, averages, fourth_root
 from benchmarks.report import keep, show
-from benchmarks.storage import SPECTRA, streams
+from benchmarks.storage import SPECTRA, recursive_error, streams
 from lowbit_optim.kernels.reference import FIT_CANDIDATES
 from lowbit_optim.linalg import eigh, matrix_power, symmetrize
 from lowbit_optim.storage.blockwise import Parts
@@ -162,7 +161,7 @@ def forms() -> dict[str, Root]:
     rows: dict[str, Root] = {}
     for bits in (4, 2):
         rows |= {
-            f"{bits}-bit codes, as in the library": Root(codec=Trial(bits=bits)),
+            f"{bits}-bit codes, as in the library but for exact scales": Root(codec=Trial(bits=bits)),
             f"{bits}-bit, scales not fitted": Root(codec=Trial(bits=bits, fitted=False)),
             f"{bits}-bit, Lloyd-Max (no zero)": Root(codec=Trial(bits=bits, tables=("lloyd-max",))),
             f"{bits}-bit, Hadamard and signs": Root(codec=Trial(bits=bits, hadamard=True)),
@@ -176,7 +175,9 @@ def forms() -> dict[str, Root]:
         rows[f"{bits}-bit, feedback, {bits}-bit error: twice the bits"] = Feedback(
             codec=Trial(bits=bits), residual=Trial(bits=bits)
         )
-    rows["8-bit codes, as in the library"] = Root(codec=Trial(bits=8, tables=("linear",), fitted=False))
+    rows["8-bit codes, as in the library but for exact scales"] = Root(
+        codec=Trial(bits=8, tables=("linear",), fitted=False)
+    )
     return rows
 
 
@@ -187,10 +188,7 @@ def measure(order: int, seeds: range, updates: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"root form": label}
         for name, stream in streams(order, seeds, updates, list(SPECTRA)).items():
             torch.manual_seed(0)  # of stochastic rounding
-            state = factor.init(len(seeds), order, torch.float32, "cpu")
-            for m, a in averages(stream):
-                state, mean = advance(factor, state, m), a
-            row[name] = relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item()
+            row[name], _ = recursive_error(factor, stream, seeds, order)
         rows.append(row)
     return rows
 
