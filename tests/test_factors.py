@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from lowbit_optim.storage import Quantization, Symmetric
-from lowbit_optim.storage.budget import form
 from lowbit_optim.storage.root import Root
 from tests import oracles
+from tests.factors import advance, distance, make
 
 BETA, EPS, ORDER = 0.95, 1e-6, 70
 PAPER = {"initial_scale": 1e-6, "statistic_limit": math.inf}
 LINEAR2, EVEN, TREE = Quantization(4, "linear-2", 64), Quantization(8, "linear", 64), Quantization(2, "dynamic", 16)
-
-
-def make(storage="root", bits=4, quantization=None, layout="triangle", quantized=True, **settings):
-    settings = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1} | settings
-    return form(storage, bits, quantization, layout, quantized, **settings)
 
 
 FORMS = {
@@ -52,7 +47,7 @@ FORMS = {
     "cholesky-feedback": make("cholesky-feedback"),
     "cholesky-feedback 2": make("cholesky-feedback", 2),
 }
-UNCODED = ("dense", "direct uncoded", "eigen uncoded", "root uncoded", "logarithm uncoded")
+UNCODED = ("dense", "direct uncoded", "eigen uncoded", "reflector uncoded", "root uncoded", "logarithm uncoded")
 LIMITED = [name for name in FORMS if name != "eigen of the paper"]
 
 
@@ -70,12 +65,6 @@ def gram(order=ORDER, columns=20, dtype=torch.float64, seed=0, count=1):
     return ((m + m.mT) / 2).to(dtype)
 
 
-def step(factor, state, m, magnitude=1.0):
-    """An update and, where the form has two periods, a refresh."""
-    state = factor.update(state, m, torch.as_tensor(magnitude, dtype=m.dtype).expand(len(m)))
-    return state if factor.one_period else factor.refresh(state, m.dtype)
-
-
 def start(factor, m):
     return factor.init(len(m), m.shape[-1], m.dtype, "cpu")
 
@@ -83,16 +72,12 @@ def start(factor, m):
 def run(factor, *statistics):
     state = start(factor, statistics[0])
     for m in statistics:
-        state = step(factor, state, m)
+        state = advance(factor, state, m)
     return state
 
 
 def trace(x):
     return x.diagonal(dim1=1, dim2=2).sum(-1)
-
-
-def distance(x, y):
-    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 # ------------------------------------------------------------------------------------------- what every form does
@@ -117,7 +102,7 @@ def test_a_state_has_one_layout_for_life_and_is_never_changed_in_place(factor, o
 
     before = factor.init(3, order, dtype, "cpu")
     copies = {name: part.clone() for name, part in before.items()}
-    after = step(factor, before, gram(order, dtype=dtype, count=3))
+    after = advance(factor, before, gram(order, dtype=dtype, count=3))
     assert all(torch.equal(part, copies[name]) for name, part in before.items())
     assert layout(before) == layout(after) == layout(factor.init(3, order, dtype, "meta"))
     assert all(len(part) == 3 for part in after.values())
@@ -130,9 +115,9 @@ def test_the_first_statistic_that_is_not_zero_is_the_average(factor):
     m = gram()
     state = run(factor, 0 * m, 0 * m)
     torch.testing.assert_close(factor.root(state, m.dtype)[0], torch.eye(ORDER, dtype=m.dtype), rtol=0, atol=1e-6)
-    state = step(factor, state, m)
+    state = advance(factor, state, m)
     assert float(trace(factor.statistic(state, m.dtype))) == pytest.approx(float(trace(m)), rel=0.15)
-    state = step(factor, state, 0 * m)  # a zero after it counts: weights are 1 and beta
+    state = advance(factor, state, 0 * m)  # a zero after it counts: weights are 1 and beta
     mean = BETA / (1 + BETA) * float(trace(m))
     assert float(trace(factor.statistic(state, m.dtype))) == pytest.approx(mean, rel=0.15)
     assert state["failures"].item() == 0
@@ -199,7 +184,7 @@ def test_a_statistic_that_is_not_finite_changes_nothing_and_is_counted(factor, b
 def test_nothing_that_is_kept_overflows(factor, magnitude):
     """Parts of the state are float32 even for float64 parameters."""
     m = gram(count=2)
-    state = step(factor, start(factor, m), m, torch.tensor([1.0, magnitude], dtype=m.dtype))
+    state = advance(factor, start(factor, m), m, torch.tensor([1.0, magnitude], dtype=m.dtype))
     assert all(torch.isfinite(part).all() for part in state.values())
     assert torch.isfinite(factor.root(state, m.dtype)).all()
     assert (factor.root(state, m.dtype)[1] != 0).any()  # and an infinite statistic does not end training with zeros
@@ -232,10 +217,10 @@ def test_a_failed_decomposition_keeps_the_last_good_root(factor, monkeypatch):
 
     state = run(factor, m)
     monkeypatch.setattr(torch.linalg, "eigh", fails_twice)
-    after = step(factor, state, gram(seed=1))
+    after = advance(factor, state, gram(seed=1))
     assert after["failures"].item() == 1
     assert torch.equal(factor.root(after, m.dtype), factor.root(state, m.dtype))
-    assert not torch.equal(factor.root(step(factor, after, m), m.dtype), factor.root(state, m.dtype))
+    assert not torch.equal(factor.root(advance(factor, after, m), m.dtype), factor.root(state, m.dtype))
 
 
 @each_form
@@ -254,17 +239,17 @@ def test_a_spike_is_forgotten_within_five_updates(factor, when):
     calm = spiked = start(factor, gram())
     for t in range(when + 6):
         m = gram(seed=t)
-        calm = step(factor, calm, m)
-        spiked = step(factor, spiked, m, 1e6 if t == when else 1.0)
+        calm = advance(factor, calm, m)
+        spiked = advance(factor, spiked, m, 1e6 if t == when else 1.0)
     root, expected = (factor.root(state, m.dtype)[0].numpy() for state in (spiked, calm))
-    assert distance(root, expected) < (0.05 if when == 20 else 0.4)  # early, rounding still makes a difference
+    assert distance(root, expected) < (0.03 if when == 20 else 0.1)  # early, a rounding weighs more
     assert 0.95 < float(trace(factor.statistic(spiked, m.dtype)) / trace(factor.statistic(calm, m.dtype))) < 1.05
 
 
 def test_a_lasting_change_of_scale_is_followed():
     state = run(FORMS["root 4"], gram())
     for t in range(60):
-        state = step(FORMS["root 4"], state, gram(seed=t), 1e6)
+        state = advance(FORMS["root 4"], state, gram(seed=t), 1e6)
     assert float(trace(FORMS["root 4"].statistic(state, torch.float64)) / trace(gram())) > 0.5e12
 
 
@@ -371,7 +356,7 @@ def test_ten_updates_follow_the_oracle(factor, oracle):
     state = None
     for m, *_ in oracles.ema_root_stream(ORDER, 20, 10, condition=1e3):
         m = torch.from_numpy(m)[None]
-        state = step(factor, start(factor, m) if state is None else state, m)
+        state = advance(factor, start(factor, m) if state is None else state, m)
         assert distance(factor.root(state, m.dtype)[0].numpy(), oracle.update(m[0].numpy())) < 2e-6
 
 
@@ -385,6 +370,7 @@ ERRORS = {
     "root 8": (0.003, 0.007),
     "root 4": (0.011, 0.027),
     "root 2": (0.15, 0.34),
+    "root 1": (0.33, 1.2),  # no better than no root on the ill-conditioned one
 }
 
 
@@ -414,7 +400,7 @@ def test_a_root_of_any_gradient_magnitude(name, dtype):
     factor = FORMS[name]
     m = gram(dtype=dtype).expand(3, -1, -1)
     magnitude = torch.tensor([1.0, 1e25, 1e-25], dtype=dtype)
-    state = step(factor, step(factor, start(factor, m), m, magnitude), m, magnitude)
+    state = advance(factor, advance(factor, start(factor, m), m, magnitude), m, magnitude)
     roots = factor.root(state, dtype) * magnitude.sqrt()[:, None, None]
     assert not state["failures"].any()
     for i in (1, 2):

@@ -13,17 +13,13 @@ import torch
 from safetensors.torch import load, save
 
 from lowbit_optim import Shampoo
-from lowbit_optim.storage.budget import BITS, STORAGES, form
+from lowbit_optim.storage.budget import BITS, ONE_PERIOD, STORAGES
 from tests import oracles
 from tests.contract import net, run, same, same_models, train
+from tests.factors import advance, distance, make
 
-RECTIFY = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
 ORDER = 96
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def make(storage, bits):
-    return form(storage, bits, None, "triangle", True, **RECTIFY)
 
 
 def combinations():
@@ -44,20 +40,10 @@ POSSIBLE, REFUSED = combinations()
 each_form = pytest.mark.parametrize(("storage", "bits"), POSSIBLE, ids=[f"{s}-{b}" for s, b in POSSIBLE])
 
 
-def advance(factor, state, m, magnitude=1.0):
-    """An update and, where the form has two periods, a refresh."""
-    state = factor.update(state, m, torch.full((len(m),), magnitude, device=m.device))
-    return state if factor.one_period else factor.refresh(state, torch.float32)
-
-
 def statistics(updates, condition=1e2):
     """Statistics in float32, the exact averages and their exact inverse fourth roots, of the float64 oracle."""
     stream = list(oracles.ema_root_stream(ORDER, 32, updates, condition))
     return [torch.from_numpy(m).float()[None] for m, _, _ in stream], *([x[i] for x in stream] for i in (1, 2))
-
-
-def distance(got, exact):
-    return float(np.linalg.norm(got[0].double().numpy() - exact) / np.linalg.norm(exact))
 
 
 # --------------------------------------------------------------------------------------------------- factors
@@ -117,7 +103,7 @@ def test_updates_against_the_oracle(storage, bits):
     state = factor.init(1, ORDER, torch.float32, "cpu")
     for m in stream:
         state = advance(factor, state, m)
-    error = distance(factor.root(state, torch.float32), roots[-1])
+    error = distance(factor.root(state, torch.float64)[0].numpy(), roots[-1])
     limit = ERRORS[storage][bits]
     assert error < limit if limit < MEANINGLESS else math.isfinite(error)
     trace = float(factor.statistic(state, torch.float64).diagonal(dim1=1, dim2=2).sum())
@@ -196,7 +182,7 @@ def test_refusals_say_which_storage_can(storage, bits):
 
 def optimizer_of(storage, bits):
     """A Shampoo for the small model, whose factors are coded from order 16 on."""
-    period = None if storage == "root" else 2
+    period = None if storage in ONE_PERIOD else 3
     settings = {"min_quant_size": 256, "statistics_frequency": 2, "precondition_frequency": period}
     return lambda parameters: Shampoo(parameters, lr=0.01, storage=storage, bits=bits, **settings)
 

@@ -228,7 +228,8 @@ def test_zero_gradients(make, caplog):
             assert all(map(same, map(torch.Tensor.detach, parameters), start))
     assert same(parameters[0][50:].detach(), start[0][50:])
     assert all(torch.isfinite(p).all() for p in parameters)
-    assert parameters[0][:50].ne(start[0][:50]).float().mean() > 0.99
+    still = parameters[0][:50].eq(start[0][:50]).sum()
+    assert still <= 2  # steps of about 0.01 may add up to nothing in float32
     assert not caplog.records
 
 

@@ -5,8 +5,9 @@ import torch
 
 from lowbit_optim.storage import Quantization, Symmetric
 from lowbit_optim.storage.blockwise import decode, encode
-from lowbit_optim.storage.budget import form
+from lowbit_optim.storage.budget import STORAGES
 from lowbit_optim.storage.factors import Dense
+from tests.factors import make
 
 EIGHT = Quantization(8, "linear", 64, double=True, scale="fitted")
 FOUR = Quantization(4, "linear-2", 64)
@@ -129,17 +130,13 @@ def test_an_unknown_layout_is_refused_with_a_list():
 # ------------------------------------------------------------------------------------------------------ budgets
 
 
-def make(storage="root", bits=4, quantization=None, layout="triangle", quantized=True):
-    settings = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1}
-    return form(storage, bits, quantization, layout, quantized, **settings)
-
-
 def state_bytes(state):
     return sum(part.numel() * part.itemsize for name, part in state.items() if name != "failures")
 
 
 BUDGETS = {  # storage: stored matrices, and the bits that it can have
     "root": (1, [16, 8, 4, 3, 2, 1.5, 1]),
+    "logarithm": (1, [16, 8, 4, 3, 2, 1.5, 1]),
     "direct": (2, [16, 8, 4, 3, 2, 1.5, 1]),
     "eigen": (2, [16, 8, 4, 3]),
     "reflector": (2, [16, 8, 4, 3, 2, 1.5, 1]),
@@ -163,11 +160,13 @@ def test_bytes_of_a_large_parameter():
 
 
 def test_thirty_two_bits_are_dense_and_small_factors_have_no_codes():
-    for storage in ("dense", "direct", "eigen", "root"):
+    for storage in STORAGES:
         assert type(make(storage, 32)) is Dense
-    for storage in ("direct", "eigen", "root"):
+    for storage in BUDGETS:
         state = make(storage, 4, FOUR, quantized=False).init(1, 8, torch.float32, "cpu")
-        assert {part.dtype for part in state.values()} == {torch.float32, torch.int32}
+        counted = {name: state.pop(name).dtype for name in ("updates", "failures")}
+        assert counted == {"updates": torch.int32, "failures": torch.int32}
+        assert {part.dtype for part in state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

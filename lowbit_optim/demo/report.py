@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lowbit_optim import __version__
 from lowbit_optim.demo.worker import ADAMW, RESUMED, SHAMPOO, SHAMPOO32, Settings
+from lowbit_optim.storage.budget import ONE_PERIOD
 
 Results = dict[str, dict[str, Any]]  # by run, as the worker writes them
 KINDS = {"statistics": "preconditioner: statistics", "roots": "preconditioner: roots", "moments": "moments of AdamW"}
@@ -154,8 +155,8 @@ def table(results: Results, settings: Settings) -> Table:
     row("  ordinary step, median", lambda r: f"{r['time_ms']['ordinary']:.1f} ms")
     row("  step with update, median", update)
     row("  optimizer's part, average", lambda r: f"{r['time_ms']['optimizer_average']:.1f} ms")
-    if settings.storage == "root" and settings.bits < 32:
-        made.caption = "Storage 'root' keeps the roots only: a statistic is read back from its root."
+    if settings.storage in ONE_PERIOD and settings.bits < 32:
+        made.caption = f"Storage {settings.storage!r} keeps one matrix: statistic and root are both read from it."
     return made
 
 

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lowbit_optim import Shampoo
 from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint
 from lowbit_optim.presets import DEFAULT_BITS
+from lowbit_optim.storage.budget import ONE_PERIOD
 
 RUNS = ADAMW, SHAMPOO32, SHAMPOO, RESUMED = "adamw", "shampoo-32bit", "shampoo", "resumed"
 
@@ -311,7 +312,7 @@ def state_bytes(optimizer: Optimizer) -> dict[str, int]:
         if key in ("step", "nonfinite") or rest == "failures":
             kind = "counters"
         elif side in ("left", "right"):
-            kind = "roots" if rest.startswith("root") else "statistics"
+            kind = "roots" if rest.startswith(ONE_PERIOD) else "statistics"
         else:
             kind = "moments"
         total[kind] += tensor.nbytes
