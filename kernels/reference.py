@@ -74,7 +74,8 @@ def quantize_blockwise(
     Args:
         x: float32 or float64 [rows, n], finite.
         values: the ascending code values, [2**bits] in x's dtype.
-        boundaries: the midpoints between them, [2**bits - 1] in x's dtype.
+        boundaries: the midpoints between them, [2**bits - 1] in x's dtype; infinite between two equal values, so that
+            the second is never taken.
         bits: bits per code: 2, 3, 4, 6 or 8.
         block_size: numbers that share a scale.
         fitted: choose each scale by least squared error over ``FIT_CANDIDATES`` instead of the largest magnitude.

@@ -17,6 +17,8 @@ class Cholesky(Factor):
     With error feedback, what coding C lost is kept as well, coded, and given back before the next coding:
     Q_k = Q(C_k + E_(k-1)), E_k = b E_(k-1) + (1 - b) (C_k + E_(k-1) - D(Q_k)), with b the decay of the statistics.
 
+    C is that of A + eps tr(A) / n I, which makes it exist: that ridge is kept, and enters the average.
+
     Args:
         codec: how C, the error and the root are kept, each as one triangle; C and the root with an exact diagonal.
         feedback: keep the error.

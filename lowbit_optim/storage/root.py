@@ -97,7 +97,7 @@ class Logarithm(Root):
     """Only X = -log A, from which the root exp(X / p) and, as A = exp(-X), the statistic are had.
 
     Rounding errors of X are relative errors of A's eigenvalues, the same for large and small ones, where those of
-    A^(-1/q) fall on the largest; so the statistic does not wander at 4-bit codes and less. Each root costs about seven
+    A^(-1/q) fall on the largest; so the statistic does not wander at 4-bit codes and less. Each root costs eight
     matrix products more, in every step.
     """
 
