@@ -258,6 +258,19 @@ def execute(plan: Plan, known: Records, path: Path, folder: Path, jobs: int, unt
             bars.count(sum(run.key in known for run in runs), len(runs))
 
 
+def repeat(plan: Plan, known: Records, folder: Path, count: int) -> int:
+    """Train the first so many of the kept runs again, without the tuning ones. Returns how many end otherwise."""
+    torch.set_num_threads(1)
+    wanted = [run for run in plan.runs(known) if run.key in known and run.seed != TUNING_SEED]
+    differ = 0
+    for run in wanted[:count]:
+        before, after = loss(known[run.key]), loss(work(run, folder))
+        differ += before != after
+        end = "the same to the last bit" if before == after else f"NOT the same: {after!r}"
+        print(f"{run.task} {run.method} {run.lr:g} seed {run.seed}: {before!r}, {end}", flush=True)
+    return differ
+
+
 # ---- summary ---------------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +349,7 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
     from benchmarks.plots import Dots, Panel, dot_plots  # matplotlib takes a second to import
 
     if stale := sum(is_stale(record) for record in known.values()):
-        print(f"Made with other code than is here: {stale} of the {len(known)} runs.")
+        print(f"Made with other code than is here: {stale} of the {len(known)} runs; --again tells what that changes.")
     panels: list[Panel] = []
     holds: dict[str, dict[str, list[bool]]] = {}  # method -> task -> whether each condition holds
     for task in plan.tasks:
@@ -390,6 +403,7 @@ def main() -> int:
     add("--jobs", type=int, default=1, help="processes, of one thread each (default 1)")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="start no more runs after that")
     add("--fresh", action="store_true", help="run again what was run with other code")
+    add("--again", type=int, default=0, metavar="N", help="run N of the kept runs again: do they end as they did?")
     add("--summary", action="store_true", help="run nothing; print and plot what is there")
     add("--data", type=Path, default=tasks.default_folder(), help=f"folder (default ${tasks.DATA_VARIABLE} or ./data)")
     add("--results", type=Path, default=report.RESULTS / "convergence.jsonl", help="file of the records")
@@ -411,6 +425,8 @@ def main() -> int:
     except MissingData as missing:
         print(missing, file=sys.stderr)
         return 2
+    if args.again:
+        return 1 if repeat(plan, known, args.data, args.again) else 0
     until = time.monotonic() + 60 * args.time_limit
     try:
         failed = execute(plan, known, args.results, args.data, args.jobs, until)
