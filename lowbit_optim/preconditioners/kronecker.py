@@ -240,20 +240,27 @@ class KroneckerPreconditioner(ABC):
         gradient = torch.where(each(good, blocks), blocks / each(magnitude, blocks), 0.0)
         troubles = torch.stack([_count_nonfinite(part, good), torch.zeros_like(part.owner[0])])
         result = torch.empty_like(gradient) if part.due.precondition else None
+        exponents = torch.zeros_like(magnitude, dtype=torch.int32)
         stack = Stack(part.states, part.counts)
         for start, stop in _slices(part, gradient):
             own = gradient[start:stop]
             if part.due.update or part.due.refresh:
                 troubles[1] += self._update(part, stack, start, stop, own, magnitude[start:stop])
             if result is not None:
-                left, right = (form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides())
+                roots = [form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides()]
+                (left, right), exponents[start:stop] = _without_exponents(roots)
                 result[start:stop] = self.apply(left, own, right)
         if result is None:
             part.scatter(torch.where(each(good, blocks), blocks, 0.0))
-        elif part.graft:
+            return troubles
+        result, exponent = _common_exponent(result, exponents, part)
+        if part.graft:
             part.scatter(_graft(result, gradient, magnitude, part))
         else:
-            part.scatter(result * each(magnitude, result))
+            mantissa, own = torch.frexp(magnitude)
+            half = (exponent + own).to(magnitude.dtype) / 2  # the whole may overflow where their product does not
+            scale = mantissa * torch.exp2(half.floor()) * torch.exp2(half.ceil())
+            part.scatter(result * each(scale.clamp(max=torch.finfo(scale.dtype).max), result))
         return troubles
 
     def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
@@ -301,11 +308,28 @@ def _magnitudes(blocks: Tensor, part: Bucket) -> tuple[Tensor, Tensor]:
     """For each block its parameter's largest magnitude, [k], and whether the block is finite, [k].
 
     Divided by it, squares neither overflow nor underflow. It has a floor, so that inverse roots of subnormal gradients
-    times their gradient do not overflow.
+    do not overflow.
     """
     own = blocks.abs().amax((1, 2))
     good = torch.isfinite(own)
     return _largest(own.where(good, 0.0), part).clamp(min=1e-30), good
+
+
+def _without_exponents(roots: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Both roots of each block over one power of two, and the exponent of its square, int32 [k].
+
+    Then their product with a gradient neither overflows nor underflows, which low powers p of small statistics would.
+    """
+    left, right = (torch.frexp(root.abs().amax((1, 2))).exponent for root in roots)
+    exponent = ((left + right) // 2).clamp(-120, 120)
+    return [root * each(torch.exp2(-exponent.to(root.dtype)), root) for root in roots], 2 * exponent
+
+
+def _common_exponent(result: Tensor, exponents: Tensor, part: Bucket) -> tuple[Tensor, Tensor]:
+    """``result`` with the largest exponent of each parameter's blocks taken out of all of them; that exponent, [k]."""
+    lowest = torch.full((len(part.states),), -1000, dtype=exponents.dtype, device=exponents.device)
+    largest = lowest.scatter_reduce_(0, part.owner, exponents, "amax")[part.owner]
+    return result * each(torch.exp2((exponents - largest).to(result.dtype)), result), largest
 
 
 def _count_nonfinite(part: Bucket, good: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from lowbit_optim.linalg import (
 from lowbit_optim.storage.factors import Factor, State, counters, put, take
 from lowbit_optim.storage.symmetric import Symmetric
 
+# Of a root: a root of low power of tiny statistics would overflow in float32, and its direction is what matters.
+_LARGEST_SCALE = 1e30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Root(Factor):
@@ -55,7 +58,8 @@ class Root(Factor):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         rms = state["rms"].to(dtype)
         root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
-        return root * each(torch.where(rms > 0, rms, 1.0).pow(-2 / self.power), root)
+        scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power).clamp(max=_LARGEST_SCALE)
+        return root * each(scale, root)
 
     @property
     def _q(self) -> int:
