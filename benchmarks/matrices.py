@@ -15,7 +15,6 @@ from lowbit_optim.storage.root import Root
 DECAY = 0.95
 WIDTHS = tuple(bits for bits in BITS if bits <= 8)
 PAPER = {key: WANG2024[key] for key in ("initial_scale", "statistic_limit")}
-_RECTIFY = {key: WANG2024[key] for key in ("rectify_update", "rectify_root", "orthogonal_iterations")}
 
 
 def orthogonal(order: int, generator: torch.Generator) -> Tensor:
@@ -78,12 +77,12 @@ def power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
 
 def low_bit(storage: str, bits: float, **shared: Any) -> Factor:
     """The form that ``Shampoo(storage=..., bits=...)`` keeps large factors in."""
-    return form(storage, bits, None, "triangle", True, **_RECTIFY, **shared)
+    return form(storage, bits, None, "triangle", True, **shared)
 
 
 def of_the_paper(storage: str, **shared: Any) -> Factor:
     """The form "eigen" of Wang et al. 2024, or with "direct" the one that they call naive."""
-    return form(storage, 4, WANG2024["quantization"], "square", True, **_RECTIFY, **PAPER, **shared)
+    return form(storage, 4, WANG2024["quantization"], "square", True, **PAPER, **shared)
 
 
 def fourth_root(factor: Factor, state: State) -> Tensor:

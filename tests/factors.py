@@ -8,7 +8,6 @@ from lowbit_optim.storage.budget import form
 
 def make(storage="root", bits=4, quantization=None, layout="triangle", quantized=True, **settings):
     """A form as ``Shampoo`` asks for it."""
-    settings = {"rectify_update": 1, "rectify_root": 4, "orthogonal_iterations": 1} | settings
     return form(storage, bits, quantization, layout, quantized, **settings)
 
 

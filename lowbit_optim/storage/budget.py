@@ -15,8 +15,18 @@ from lowbit_optim.storage.factors import Dense, Direct, Factor
 from lowbit_optim.storage.root import Logarithm, Root
 from lowbit_optim.storage.symmetric import Symmetric
 
-STORAGES = ("dense", "direct", "eigen", "reflector", "cholesky", "cholesky-feedback", "root", "logarithm")
-ONE_PERIOD = ("root", "logarithm")  # statistic and root are one
+_FORMS: dict[str, type[Factor]] = {
+    "dense": Dense,
+    "direct": Direct,
+    "eigen": Eigen,
+    "reflector": Eigen,
+    "cholesky": Cholesky,
+    "cholesky-feedback": Cholesky,
+    "root": Root,
+    "logarithm": Logarithm,
+}
+STORAGES = tuple(_FORMS)
+ONE_PERIOD = tuple(name for name, kind in _FORMS.items() if kind.one_period)  # statistic and root are one
 
 # Of the tables with a zero, which dead units need, those of least error. From 6 bits on fitting gains little.
 _TRIANGLE: dict[float, Codec] = {
@@ -44,9 +54,9 @@ def form(
     layout: str,
     quantized: bool,
     *,
-    rectify_update: int,
-    rectify_root: int,
-    orthogonal_iterations: int,
+    rectify_update: int = 1,
+    rectify_root: int = 4,
+    orthogonal_iterations: int = 1,
     **shared: Any,
 ) -> Factor:
     """The form of one factor.
@@ -61,7 +71,7 @@ def form(
         **shared: the keywords of ``Factor``.
 
     Raises:
-        ValueError: an unknown storage, bits or layout, or bits that the storage cannot hold.
+        ValueError: an unknown storage, bits or layout, or bits or a layout that the storage cannot have.
     """
     if storage not in STORAGES:
         raise ValueError(f"unknown storage {storage!r}; the storages are {', '.join(STORAGES)}")
@@ -72,6 +82,10 @@ def form(
     if storage == "eigen" and not quantization and bits != 32 and bits not in _SQUARE:
         raise ValueError(
             f"storage 'eigen' cannot keep eigenvectors in {bits} bits: give bits=3 or more, or storage='root'"
+        )
+    if layout == "square" and storage.startswith(("reflector", "cholesky")):
+        raise ValueError(
+            f"storage {storage!r} keeps triangles only: leave layout='square' out, or take storage='eigen'"
         )
     codecs = _SQUARE if layout == "square" else _TRIANGLE
     if not quantization and bits != 32 and bits not in codecs:
@@ -91,5 +105,5 @@ def form(
         return Eigen(vectors=Reflectors(triangle), codec=symmetric, iterations=orthogonal_iterations, **none, **shared)
     if storage.startswith("cholesky"):
         return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)
-    forms: dict[str, Any] = {"direct": Direct, "root": Root, "logarithm": Logarithm}
-    return forms[storage](codec=symmetric, **shared)
+    one_matrix: Any = _FORMS[storage]
+    return one_matrix(codec=symmetric, **shared)
