@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -344,7 +345,19 @@ def test_each_trouble_is_said_once(monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 2}, {"bits": 3}, {"bits": 32}, {"storage": "direct"}, {"layout": "square"}, {"min_quant_size": 9999}],
+    [
+        {"bits": 2},
+        {"bits": 3},
+        {"bits": 32},
+        {"storage": "direct"},
+        {"layout": "square"},
+        {"min_quant_size": 9999},
+        {"min_quant_size": 257},  # no other state for most parameters, or for any
+        {"max_preconditioner_dim": 50},
+        {"max_preconditioner_dim": 1300},
+        {"root_power": 2},
+        {"quantization": (8, "linear", 32, True, "absmax")},
+    ],
 )
 def test_settings_that_no_longer_fit_the_state(change):
     """Nothing has changed after the error, and the old settings go on."""
@@ -357,3 +370,34 @@ def test_settings_that_no_longer_fit_the_state(change):
     optimizer.param_groups[0].update(old)
     assert same(copies(optimizer), before)
     optimizer.step()
+
+
+@pytest.mark.parametrize("graft", [True, False])
+@pytest.mark.parametrize("bits", [2, 32])
+@pytest.mark.parametrize("power", [1, 2, 3, 4, 8])
+def test_every_root_power_keeps_gradients_of_any_magnitude_finite(power, bits, graft):
+    """And in one direction, from p = 2 on: at p = 1 these statistics of rank 3 are too ill-conditioned for float32."""
+    steps = {}
+    for scale in (1e-25, 1e-18, 1e-9, 1.0, 1e9, 1e18):
+        parameter = nn.Parameter(torch.zeros(80, 80))
+        settings = {"statistics_frequency": 1, "bits": bits, "root_power": power, "graft": graft}
+        optimizer = Shampoo([parameter], lr=1.0, base="sgd", **settings)
+        for seed in range(3):
+            parameter.grad = scale * random(80, 1, seed=seed) @ random(1, 80, seed=seed + 9)
+            optimizer.step()
+        assert torch.isfinite(parameter).all(), scale
+        assert not optimizer.state[parameter]["nonfinite"]
+        steps[scale] = parameter.detach().double() / scale
+    if graft and power > 1:
+        for scale in (1e-9, 1e9):
+            cosine = torch.cosine_similarity(steps[scale].flatten(), steps[1.0].flatten(), dim=0)
+            assert cosine > 0.9, scale
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """Else ``torch.load(weights_only=True)`` would not take the state dict."""
+    parameter = nn.Parameter(torch.zeros(4, 4))
+    settings = {"statistics_frequency": np.int64(2), "shampoo_beta": np.float64(0.9), "graft": True}
+    optimizer = Shampoo([{"params": [parameter], "min_quant_size": np.int32(16)}], **settings)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert [type(group[key]) for key in ("statistics_frequency", "shampoo_beta", "min_quant_size")] == [int, float, int]

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.settings import (
+    KEPT_AS,
     SETTINGS,
     base_class,
     base_name,
     check_base_keywords,
     check_group,
-    plain_quantization,
+    plain,
 )
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_forms
 
@@ -79,7 +80,7 @@ class SecondOrder(Optimizer):
         if group["base"] != self.defaults["base"]:
             raise ValueError(f"a param group has base={group['base']!r}; an optimizer has one base for all its groups")
         check_group(group)
-        param_group["quantization"] = plain_quantization(group["quantization"])
+        param_group.update({key: plain(group[key]) for key in SETTINGS})
         count = len(self.param_groups)
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -150,7 +151,7 @@ class SecondOrder(Optimizer):
             saved = {**{key: self.defaults[key] for key in SETTINGS}, **saved}
             check_group(saved)
             for key in _STORED:
-                if plain_quantization(saved[key]) != plain_quantization(group[key]):
+                if plain(saved[key]) != plain(group[key]):
                     raise ValueError(f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}")
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(index)
@@ -184,7 +185,7 @@ class SecondOrder(Optimizer):
             self.base = _rebuild(kind, attributes, self.param_groups, self.defaults)
         for group in self.param_groups:
             for key in SETTINGS:  # what an older version did not know
-                group.setdefault(key, self.defaults[key])
+                group.setdefault(key, plain(self.defaults[key]))
         for parameter, group in self._parameters():
             own = self.state.get(parameter, {})
             self.state[parameter] = {
@@ -210,15 +211,12 @@ class SecondOrder(Optimizer):
 
     def _check_step(self) -> None:
         for group in self.param_groups:
-            known = (p for p in group["params"] if "left.failures" in self.state.get(p, {}))
-            if (parameter := next(known, None)) is not None:  # all of a group share its settings
-                own = self.state[parameter]
-                for key, (shape, dtype) in self.preconditioner.layout(parameter, group).items():
-                    if key not in own or own[key].shape != shape or own[key].dtype != dtype:
-                        raise ValueError(
-                            f"a param group's settings no longer fit its state ({key}): bits, storage, quantization, "
-                            "layout, max_preconditioner_dim and min_quant_size must stay as at the first step"
-                        )
+            for key, kept in zip(KEPT_AS, group.get("kept_as", ()), strict=False):
+                if group[key] != kept:
+                    raise ValueError(
+                        f"a param group's {key} was changed from {kept!r} to {group[key]!r}, which no longer fits its "
+                        f"state: {', '.join(KEPT_AS)} must stay as at the first step"
+                    )
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
                     raise TypeError(
@@ -236,6 +234,7 @@ class SecondOrder(Optimizer):
             own = self.state[parameter]
             wanted = self.preconditioner.blocking(parameter, group) is not None
             if "step" not in own or (wanted and "left.failures" not in own):  # a group may ask for it later
+                group.setdefault("kept_as", tuple(group[key] for key in KEPT_AS))
                 own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
                 self.state[parameter] = {k: _to(v, _home(k, v, parameter, group)) for k, v in own.items()}

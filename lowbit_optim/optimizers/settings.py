@@ -7,6 +7,7 @@ from dataclasses import astuple
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -62,6 +63,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 # Every keyword that a group has a value of its own for.
 SETTINGS = ("storage", "layout", *_RULES)
+# Of those, what says how state is kept.
+KEPT_AS = ("storage", "bits", "quantization", "layout", "max_preconditioner_dim", "min_quant_size", "root_power")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -69,20 +72,24 @@ def check_group(group: Mapping[str, Any]) -> None:
     for key, (rule, holds) in _RULES.items():
         if not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
-    plain = {**group, "quantization": plain_quantization(group["quantization"])}
     refresh = group["precondition_frequency"]
     # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.
-    if group_form(plain, 64).one_period and refresh not in (None, group["statistics_frequency"]):
+    if group_form({**group, "quantization": plain(group["quantization"])}, 64).one_period and refresh not in (
+        None,
+        group["statistics_frequency"],
+    ):
         raise ValueError(
             f"precondition_frequency is {refresh}, but storage {group['storage']!r} has one period, "
             f"statistics_frequency ({group['statistics_frequency']}): leave precondition_frequency out"
         )
 
 
-def plain_quantization(value: Any) -> Any:
-    """A ``Quantization`` as the tuple that param groups hold (``torch.load(weights_only=True)`` takes no class)."""
+def plain(value: Any) -> Any:
+    """A setting as param groups hold it: ``torch.load(weights_only=True)`` takes no class, and no number of numpy's."""
     if isinstance(value, Quantization):
         return astuple(value)
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(value) if isinstance(value, list) else value
 
 
