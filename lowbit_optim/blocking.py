@@ -13,45 +13,41 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Blocking:
-    """How a parameter of ``shape`` is cut: its (first dim, rest) matrix, in a grid of blocks of ``rows`` x ``columns``.
+    """How a tensor of ``shape`` is cut: viewed as ``matrix``, in a grid of blocks of ``rows`` x ``columns``.
 
     Blocks on the lower and right edge are filled up with zeros, which never leak: they are cut off again, and the rows
     of a statistic that belong to them are zero.
     """
 
     shape: tuple[int, ...]
+    matrix: tuple[int, int]
     grid: tuple[int, int]
     rows: int
     columns: int
 
     @property
     def count(self) -> int:
-        """Blocks of the parameter."""
+        """Blocks of the tensor."""
         return prod(self.grid)
-
-    @property
-    def _matrix(self) -> tuple[int, int]:
-        first = next(d for d in self.shape if d != 1)
-        return first, prod(self.shape) // first
 
     def split(self, x: Tensor) -> Tensor:
         """A tensor of ``shape`` to its blocks [count, rows, columns]."""
-        m, n = self._matrix
+        m, n = self.matrix
         (a, b), r, c = self.grid, self.rows, self.columns
         x = pad(x.reshape(m, n), (0, b * c - n, 0, a * r - m))
         return rearrange(x, "(a r) (b c) -> (a b) r c", a=a, b=b)
 
     def merge(self, blocks: Tensor) -> Tensor:
         """The inverse of ``split``."""
-        m, n = self._matrix
+        m, n = self.matrix
         return rearrange(blocks, "(a b) r c -> (a r) (b c)", a=self.grid[0])[:m, :n].reshape(self.shape)
 
 
 @lru_cache(maxsize=4096)
 def blocking(shape: tuple[int, ...], max_dim: int) -> Blocking | None:
-    """The blocking of a parameter; None if it is no matrix: empty, or of rank 0 or 1 without its dims of size 1.
+    """The blocking of a parameter as a (first dim, rest) matrix; None if it is none: empty, or of rank 0 or 1.
 
-    A side d above ``max_dim`` becomes ceil(d / max_dim) equal blocks.
+    Dims of size 1 do not count. A side d above ``max_dim`` becomes ceil(d / max_dim) equal blocks.
     """
     dims = [d for d in shape if d != 1]
     if len(dims) < 2 or 0 in dims:
@@ -59,7 +55,7 @@ def blocking(shape: tuple[int, ...], max_dim: int) -> Blocking | None:
     matrix = dims[0], prod(dims[1:])
     grid = tuple(-(-d // max_dim) for d in matrix)
     rows, columns = (-(-d // g) for d, g in zip(matrix, grid, strict=True))
-    return Blocking(shape, (grid[0], grid[1]), rows, columns)
+    return Blocking(shape, matrix, (grid[0], grid[1]), rows, columns)
 
 
 @dataclass(frozen=True)
@@ -75,17 +71,17 @@ class Stack:
     def read(self, prefix: str, start: int, stop: int) -> dict[str, Tensor]:
         """Blocks start to stop of every tensor named "<prefix>.<name>", by <name>."""
         names = [key.removeprefix(f"{prefix}.") for key in self.states[0] if key.startswith(f"{prefix}.")]
-        pieces = list(self._pieces(start, stop))
+        pieces = list(self.pieces(start, stop))
         return {name: torch.cat([self.states[i][f"{prefix}.{name}"][lo:hi] for i, lo, hi in pieces]) for name in names}
 
     def write(self, prefix: str, start: int, stop: int, tensors: dict[str, Tensor]) -> None:
         """Write what ``read`` returned, changed, back in place."""
-        for i, lo, hi in self._pieces(start, stop):
+        for i, lo, hi in self.pieces(start, stop):
             for name, tensor in tensors.items():
                 self.states[i][f"{prefix}.{name}"][lo:hi].copy_(tensor[: hi - lo])
             tensors = {name: tensor[hi - lo :] for name, tensor in tensors.items()}
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(parameter, its first block, its last block + 1) of what lies between start and stop."""
         offset = 0
         for i, count in enumerate(self.counts):

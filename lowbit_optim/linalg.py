@@ -196,23 +196,28 @@ def exponential(x: Tensor, squarings: int = 6) -> Tensor:
     return symmetrize(power) * each(mean.exp(), power)
 
 
-def damped(values: Tensor, eps: float, *, clamp: bool = False) -> Tensor:
+def damped(values: Tensor, eps: float, ridge: Tensor | None = None, *, clamp: bool = False) -> Tensor:
     """Eigenvalues made safe for a negative power: max(lambda, 0) + eps lambda_max, or max(lambda, eps lambda_max).
 
-    A matrix without a positive eigenvalue gets ones, so that its root is the identity.
+    With ``ridge`` [k] it is max(lambda, 0) + ridge. A matrix without a positive eigenvalue gets ones, so that its root
+    is the identity.
     """
     largest = values.amax(-1, keepdim=True)
-    safe = values.maximum(eps * largest) if clamp else values.clamp(min=0) + eps * largest
+    added = eps * largest if ridge is None else ridge.unsqueeze(-1)
+    safe = values.maximum(added) if clamp else values.clamp(min=0) + added
     return torch.where(largest > 0, safe, 1.0)
 
 
-def inverse_root(a: Tensor, p: float, eps: float, *, clamp: bool = False) -> tuple[Tensor, Tensor]:
+def inverse_root(
+    a: Tensor, p: float, eps: float, ridge: Tensor | None = None, *, clamp: bool = False
+) -> tuple[Tensor, Tensor]:
     """(A + eps lambda_max I)^(-1/p) by eigendecomposition.
 
     Args:
         a: symmetric [k, n, n]; negative eigenvalues count as zero.
         p: order of the root.
         eps: ridge relative to the largest eigenvalue.
+        ridge: [k], in the place of eps lambda_max.
         clamp: raise eigenvalues to at least eps lambda_max instead of adding it.
 
     Returns:
@@ -222,7 +227,9 @@ def inverse_root(a: Tensor, p: float, eps: float, *, clamp: bool = False) -> tup
     scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors, ok = eigh(a / each(scale, a))
-    root = matrix_power(damped(values, eps, clamp=clamp), vectors, -1 / p) * each(scale.pow(-1 / p), a)
+    if ridge is not None:
+        ridge = ridge / scale
+    root = matrix_power(damped(values, eps, ridge, clamp=clamp), vectors, -1 / p) * each(scale.pow(-1 / p), a)
     return root, ok & finite(root)
 
 
@@ -250,7 +257,7 @@ def inverse_root_newton(
     scale = torch.where(positive, scale, 1.0)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     a = torch.where(each(positive, a), a / each(scale, a), eye)
-    a = a + each(eps * _largest_eigenvalue(a), a) * eye
+    a = a + each(eps * largest_eigenvalue(a), a) * eye
     z = (1 + p) / (2 * torch.linalg.matrix_norm(a))
     x, m = each(z.pow(1 / p), a) * eye, each(z, a) * a
     best, residual = x, (m - eye).abs().amax((-2, -1))
@@ -265,9 +272,10 @@ def inverse_root_newton(
     return symmetrize(best) * each(torch.where(positive, scale.pow(-1 / p), 1.0), a), ok
 
 
-def _largest_eigenvalue(a: Tensor) -> Tensor:
+def largest_eigenvalue(a: Tensor) -> Tensor:
+    """Of symmetric positive semidefinite [k, n, n], by fifty power iterations, [k]; 0 for a zero matrix."""
     row = a.diagonal(dim1=-2, dim2=-1).argmax(-1)
     v = a[torch.arange(len(a), device=a.device), row].unsqueeze(-1)
     for _ in range(50):
-        v = a @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True))
+        v = a @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
     return torch.linalg.vector_norm(v, dim=(-2, -1))

@@ -10,7 +10,19 @@ from torch import nn
 
 from lowbit_optim import Quantization, Shampoo
 from lowbit_optim.storage import Symmetric
-from tests.contract import OPTIMIZERS, backward, copies, each_optimizer, net, random, run, same, shampoo, train
+from tests.contract import (
+    OPTIMIZERS,
+    backward,
+    copies,
+    each_of_parameters,
+    each_optimizer,
+    net,
+    random,
+    run,
+    same,
+    shampoo,
+    train,
+)
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -144,22 +156,23 @@ def test_complex_parameters():
 def test_sparse_gradients(make):
     """Refused before anything has changed, the other parameters of the step included."""
     model, optimizer = run(make, 2)
-    table = nn.Embedding(50, 40, sparse=True)
+    own = list(model.parameters())
+    model.table = table = nn.Embedding(50, 40, sparse=True)
     optimizer.add_param_group({"params": table.parameters()})
     before = copies(optimizer)
     backward(model, 2)
-    raw = [p.grad.clone() for p in model.parameters()]
+    raw = [p.grad.clone() for p in own]
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match=r"\(50, 40\).*sparse=False"):
         optimizer.step()
     assert same(copies(optimizer), before)
-    assert same([p.grad for p in model.parameters()], raw)
+    assert same([p.grad for p in own], raw)
 
 
 # ----------------------------------------------------------------------------------------------- gradients
 
 
-@each_optimizer
+@each_of_parameters
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_gradient_block_is_a_zero_one(make, bad, caplog):
     """Also at a step that updates statistics and roots; only the block is lost, and it is said once."""
@@ -202,7 +215,7 @@ def test_the_base_alone_is_guarded_too():
 @each_optimizer
 def test_only_non_finite_gradients(make):
     model = net()
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     for step in range(4):
         backward(model, step)
         for parameter in model.parameters():
@@ -213,7 +226,7 @@ def test_only_non_finite_gradients(make):
     assert not same(list(model.parameters()), list(net().parameters()))
 
 
-@each_optimizer
+@each_of_parameters
 def test_zero_gradients(make, caplog):
     """At first, later, and in a block of a parameter that is never used."""
     parameters = [filled(100, 40), filled(60, 40)]
@@ -234,7 +247,7 @@ def test_zero_gradients(make, caplog):
     assert not caplog.records
 
 
-@each_optimizer
+@each_of_parameters
 def test_shapes_at_the_edge(make):
     vectors = [(), (1,), (1, 50), (50, 1), (1, 1), (1, 1, 7, 1)]
     empty = [(0,), (0, 5), (5, 0), (0, 3, 3)]
@@ -322,7 +335,7 @@ def test_a_failed_decomposition_keeps_the_last_good_root(name, monkeypatch, capl
     assert failures() > 0
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert [r.name for r in caplog.records] == ["lowbit_optim"]
-    assert "decompositions failed" in caplog.messages[0]
+    assert "updates of factors failed" in caplog.messages[0]
 
     count = failures()
     train(model, optimizer, range(13, 19))
@@ -339,7 +352,7 @@ def test_each_trouble_is_said_once(monkeypatch, caplog):
         optimizer.step()
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: (torch.full_like(a[..., 0], math.nan), a))  # as LAPACK may
     train(model, optimizer, range(6))
-    assert [message.split()[1] for message in caplog.messages] == ["gradient", "matrix"]
+    assert [message.split()[1] for message in caplog.messages] == ["gradient", "updates"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -373,14 +386,15 @@ def test_settings_that_no_longer_fit_the_state(change):
 
 
 @pytest.mark.parametrize("graft", [True, False])
-@pytest.mark.parametrize("bits", [2, 32])
+@pytest.mark.parametrize("bits", [4, 32])
 @pytest.mark.parametrize("power", [1, 2, 3, 4, 8])
-def test_every_root_power_keeps_gradients_of_any_magnitude_finite(power, bits, graft):
-    """And in one direction, from p = 2 on: at p = 1 these statistics of rank 3 are too ill-conditioned for float32."""
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_every_root_power_keeps_gradients_of_any_magnitude_finite(power, bits, graft, eps):
+    """And in one direction, where statistics are well enough conditioned for float32."""
     steps = {}
     for scale in (1e-25, 1e-18, 1e-9, 1.0, 1e9, 1e18):
         parameter = nn.Parameter(torch.zeros(80, 80))
-        settings = {"statistics_frequency": 1, "bits": bits, "root_power": power, "graft": graft}
+        settings = {"statistics_frequency": 1, "bits": bits, "root_power": power, "graft": graft, "matrix_eps": eps}
         optimizer = Shampoo([parameter], lr=1.0, base="sgd", **settings)
         for seed in range(3):
             parameter.grad = scale * random(80, 1, seed=seed) @ random(1, 80, seed=seed + 9)
@@ -388,10 +402,10 @@ def test_every_root_power_keeps_gradients_of_any_magnitude_finite(power, bits, g
         assert torch.isfinite(parameter).all(), scale
         assert not optimizer.state[parameter]["nonfinite"]
         steps[scale] = parameter.detach().double() / scale
-    if graft and power > 1:
+    if graft and eps == 1e-2:
         for scale in (1e-9, 1e9):
             cosine = torch.cosine_similarity(steps[scale].flatten(), steps[1.0].flatten(), dim=0)
-            assert cosine > 0.9, scale
+            assert cosine > 0.99, scale
 
 
 def test_numbers_of_numpy_become_plain_ones():

@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.settings import (
     KEPT_AS,
-    SETTINGS,
     base_class,
     base_name,
     check_base_keywords,
     check_group,
     plain,
 )
-from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, group_forms
+from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
 
 logger = logging.getLogger("lowbit_optim")
 
@@ -33,7 +32,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 _TROUBLES = (
     "%d gradient blocks were not finite and were replaced by zeros; state[p]['nonfinite'] counts them. "
     "This is said once.",
-    "%d matrix decompositions failed and the last good factors were kept; state[p]['left.failures'] and "
+    "%d updates of factors failed, for a statistic or a decomposition that is not finite, and the last good ones were "
+    "kept; state[p]['left.failures'] and "
     "'right.failures' count them. This is said once.",
 )
 
@@ -46,11 +46,10 @@ class SecondOrder(Optimizer):
     own: it is lent its part for the length of its step.
     """
 
-    preconditioner_class: ClassVar[type[KroneckerPreconditioner]]
-
     def __init__(
         self,
         params: Any,
+        preconditioner: KroneckerPreconditioner,
         settings: dict[str, Any],
         base: str | type[Optimizer],
         base_kwargs: dict[str, Any],
@@ -58,7 +57,8 @@ class SecondOrder(Optimizer):
         base_type = base_class(base)
         check_base_keywords(type(self).__name__, base_type, base_kwargs, settings)
         self.base: Optimizer | None = None
-        self.preconditioner = self.preconditioner_class()
+        self.preconditioner = preconditioner
+        self._settings = tuple(key for key in settings if key != "lr")
         self._warned = [False for _ in _TROUBLES]
         self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
         super().__init__(params, {**settings, "base": base_name(base_type), **base_kwargs})
@@ -79,8 +79,8 @@ class SecondOrder(Optimizer):
         group = {**self.defaults, **param_group}
         if group["base"] != self.defaults["base"]:
             raise ValueError(f"a param group has base={group['base']!r}; an optimizer has one base for all its groups")
-        check_group(group)
-        param_group.update({key: plain(group[key]) for key in SETTINGS})
+        check_group(group, self.preconditioner)
+        param_group.update({key: plain(group[key]) for key in self._settings})
         count = len(self.param_groups)
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -107,6 +107,7 @@ class SecondOrder(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._prepare()
         self._check_step()
         self._create_state(only_with_gradient=True)
         self._watch(self.preconditioner.step(self.param_groups, self.state))
@@ -118,6 +119,7 @@ class SecondOrder(Optimizer):
 
         The base's state still comes with its first step.
         """
+        self._prepare()
         self._create_state(only_with_gradient=False)
 
     def state_codecs(self) -> dict[int, dict[str, dict[str, Any]]]:
@@ -127,11 +129,12 @@ class SecondOrder(Optimizer):
             For each parameter's index, for each factor ("left", "right"), a JSON-able dict: the form, and the fields
             of its ``Quantization``.
         """
+        self._prepare()
         codecs: dict[int, dict[str, dict[str, Any]]] = {}
         for index, (parameter, group) in enumerate(self._parameters()):
             cut = self.preconditioner.blocking(parameter, group)
             if parameter in self.state and cut is not None:
-                forms = group_forms(group, cut)
+                forms = self.preconditioner.forms(group, cut)
                 codecs[index] = {"left": forms.left.describe(), "right": forms.right.describe()}
         return codecs
 
@@ -139,6 +142,7 @@ class SecondOrder(Optimizer):
         """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
+        self._prepare()
         saved_groups = state_dict["param_groups"]
         sizes = [len(g["params"]) for g in self.param_groups]
         saved_sizes = [len(g["params"]) for g in saved_groups]
@@ -148,8 +152,8 @@ class SecondOrder(Optimizer):
             if missing := [key for key in _STORED if key not in saved]:
                 lacks = ", ".join(missing)
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
-            saved = {**{key: self.defaults[key] for key in SETTINGS}, **saved}
-            check_group(saved)
+            saved = {**{key: self.defaults[key] for key in self._settings}, **saved}
+            check_group(saved, self.preconditioner)
             for key in _STORED:
                 if plain(saved[key]) != plain(group[key]):
                     raise ValueError(f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}")
@@ -170,6 +174,7 @@ class SecondOrder(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             seal.remove()
+        self._prepare()
 
     def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
@@ -184,7 +189,7 @@ class SecondOrder(Optimizer):
             kind, attributes = base
             self.base = _rebuild(kind, attributes, self.param_groups, self.defaults)
         for group in self.param_groups:
-            for key in SETTINGS:  # what an older version did not know
+            for key in self._settings:  # what an older version did not know
                 group.setdefault(key, plain(self.defaults[key]))
         for parameter, group in self._parameters():
             own = self.state.get(parameter, {})
@@ -200,9 +205,13 @@ class SecondOrder(Optimizer):
         return super().__getstate__() | {
             "base": (type(self.base), attributes),
             "preconditioner": self.preconditioner,
+            "_settings": self._settings,
             "_warned": list(self._warned),
             "_pending": [],
         }
+
+    def _prepare(self) -> None:
+        self.preconditioner.prepare(self.param_groups, self.state)
 
     def _refuse_misspelt(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - {"params", "param_names"}:
@@ -212,7 +221,7 @@ class SecondOrder(Optimizer):
     def _check_step(self) -> None:
         for group in self.param_groups:
             for key, kept in zip(KEPT_AS, group.get("kept_as", ()), strict=False):
-                if group[key] != kept:
+                if group.get(key) != kept:
                     raise ValueError(
                         f"a param group's {key} was changed from {kept!r} to {group[key]!r}, which no longer fits its "
                         f"state: {', '.join(KEPT_AS)} must stay as at the first step"
@@ -234,7 +243,7 @@ class SecondOrder(Optimizer):
             own = self.state[parameter]
             wanted = self.preconditioner.blocking(parameter, group) is not None
             if "step" not in own or (wanted and "left.failures" not in own):  # a group may ask for it later
-                group.setdefault("kept_as", tuple(group[key] for key in KEPT_AS))
+                group.setdefault("kept_as", tuple(group.get(key) for key in KEPT_AS))
                 own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
                 self.state[parameter] = {k: _to(v, _home(k, v, parameter, group)) for k, v in own.items()}
@@ -295,6 +304,12 @@ class SecondOrder(Optimizer):
             if count and not self._warned[i]:
                 logger.warning(message, count)
                 self._warned[i] = True
+
+
+def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:
+    """The settings of param groups among the locals of a constructor, without those that it names."""
+    others = ("self", "params", "base", "base_kwargs", "__class__", *others)
+    return {key: value for key, value in given.items() if key not in others}
 
 
 def _rebuild(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from lowbit_optim.preconditioners.kronecker import group_form
+from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.budget import BITS
 
@@ -49,7 +49,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precondition_frequency": ("None or a positive integer", lambda x: x is None or _integer(1)(x)),
     "start_preconditioning_step": _POSITIVE,
     "shampoo_beta": ("in [0, 1)", _number(lambda x: 0 <= x < 1)),
+    "factor_decay": ("in [0, 1)", _number(lambda x: 0 <= x < 1)),
     "matrix_eps": ("in (0, 1)", _number(lambda x: 0 < x < 1)),
+    "damping": ("above 0 and finite", _number(lambda x: 0 < x < math.inf)),
+    "damping_rule": ("'relative' or 'absolute'", lambda x: x in ("relative", "absolute")),
     "initial_scale": ("at least 0 and finite", _number(lambda x: 0 <= x < math.inf)),
     "statistic_limit": ("above 0", _number(lambda x: x > 0)),
     "root_power": _POSITIVE,
@@ -61,23 +64,28 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# Every keyword that a group has a value of its own for.
-SETTINGS = ("storage", "layout", *_RULES)
-# Of those, what says how state is kept.
-KEPT_AS = ("storage", "bits", "quantization", "layout", "max_preconditioner_dim", "min_quant_size", "root_power")
+# What says how state is kept; not every optimizer has every one of them.
+KEPT_AS = (
+    "storage",
+    "bits",
+    "quantization",
+    "layout",
+    "max_preconditioner_dim",
+    "min_quant_size",
+    "root_power",
+    "damping_rule",
+)
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner) -> None:
     """Raise ValueError if a group's settings, or two of them together, cannot be."""
     for key, (rule, holds) in _RULES.items():
-        if not holds(group[key]):
+        if key in group and not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
     refresh = group["precondition_frequency"]
     # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.
-    if group_form({**group, "quantization": plain(group["quantization"])}, 64).one_period and refresh not in (
-        None,
-        group["statistics_frequency"],
-    ):
+    form = preconditioner.form({**group, "quantization": plain(group["quantization"])}, 64)
+    if form.one_period and refresh not in (None, group["statistics_frequency"]):
         raise ValueError(
             f"precondition_frequency is {refresh}, but storage {group['storage']!r} has one period, "
             f"statistics_frequency ({group['statistics_frequency']}): leave precondition_frequency out"

@@ -1,13 +1,21 @@
 """Shampoo over any first-order optimizer, with its factors in low-bit storage."""
 
-from typing import Any
+from typing import Any, ClassVar
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_optim.optimizers.second_order import SecondOrder
-from lowbit_optim.preconditioners.shampoo import ShampooPreconditioner
+from lowbit_optim.optimizers.second_order import SecondOrder, keywords
+from lowbit_optim.preconditioners.kronecker import Bucket, KroneckerPreconditioner, Statistics
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
+
+
+class ShampooPreconditioner(KroneckerPreconditioner):
+    """Gupta, Koren, Singer 2018, with moving averages in the place of sums."""
+
+    def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
+        return (gradient @ gradient.mT, magnitude), (gradient.mT @ gradient, magnitude)
 
 
 class Shampoo(SecondOrder):
@@ -77,7 +85,7 @@ class Shampoo(SecondOrder):
         >>> optimizer.step()
     """
 
-    preconditioner_class = ShampooPreconditioner
+    preconditioner_class: ClassVar[type[ShampooPreconditioner]] = ShampooPreconditioner
 
     def __init__(
         self,
@@ -107,7 +115,4 @@ class Shampoo(SecondOrder):
         workspace: int = 256 * 2**20,
         **base_kwargs: Any,
     ) -> None:
-        settings = {
-            k: v for k, v in locals().items() if k not in ("self", "params", "base", "base_kwargs", "__class__")
-        }
-        super().__init__(params, settings, base, base_kwargs)
+        super().__init__(params, self.preconditioner_class(), keywords(locals()), base, base_kwargs)

@@ -3,13 +3,16 @@
 A gradient's way through it: blocks of all same-shaped parameters in one stack, their statistics into the factors, the
 factors' roots onto the blocks, the norm of each parameter's gradient back, and into ``param.grad`` again. A subclass
 says what the statistics are and how two roots act on a block.
+
+What is preconditioned as one matrix is a unit: a parameter, or a layer's weight with its bias as the last column. A
+unit's state is that of its first parameter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +21,12 @@ from lowbit_optim.blocking import Blocking, Stack, blocking
 from lowbit_optim.linalg import each, full_precision
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import ONE_PERIOD, form
-from lowbit_optim.storage.factors import Factor
+from lowbit_optim.storage.factors import Factor, State
 
 SIDES = ("left", "right")
-DEFAULT_PRECONDITION_FREQUENCY = 500
 
 Group = dict[str, Any]
+Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Forms(NamedTuple):
@@ -43,51 +46,72 @@ class Due(NamedTuple):
 
 @dataclass
 class Bucket:
-    """Parameters of one step that share a block shape and every setting."""
+    """Units of one step that share a block shape and every setting."""
 
     forms: Forms
     due: Due
     graft: bool
     workspace: int
     dtype: torch.dtype
-    gradients: list[Tensor] = field(default_factory=list)
+    units: list[tuple[Tensor, ...]] = field(default_factory=list)
     blockings: list[Blocking] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def device(self) -> torch.device:
+        return self.units[0][0].device
+
+    @property
     def counts(self) -> list[int]:
-        """Blocks of each parameter."""
+        """Blocks of each unit."""
         return [cut.count for cut in self.blockings]
 
     @property
     def owner(self) -> Tensor:
-        """For each block the index of its parameter, int64 [k]."""
-        return _owner(tuple(self.counts), self.gradients[0].device)
+        """For each block the index of its unit, int64 [k]."""
+        return _owner(tuple(self.counts), self.device)
 
     def part(self, start: int, stop: int) -> "Bucket":
-        """The parameters from start to stop."""
-        lists = {name: getattr(self, name)[start:stop] for name in ("gradients", "blockings", "states")}
+        """The units from start to stop."""
+        lists = {name: getattr(self, name)[start:stop] for name in ("units", "blockings", "states")}
         return replace(self, **lists)
 
     def gather(self) -> Tensor:
         """The blocks of all gradients, [k, r, c] in ``dtype``."""
-        pairs = zip(self.gradients, self.blockings, strict=True)
-        return torch.cat([cut.split(gradient).to(self.dtype) for gradient, cut in pairs])
+        pairs = zip(self.units, self.blockings, strict=True)
+        return torch.cat([cut.split(_joint_gradient(unit)).to(self.dtype) for unit, cut in pairs])
 
     def scatter(self, blocks: Tensor) -> None:
         """Write the blocks into the gradients; what a gradient's dtype cannot hold becomes its largest number."""
-        for gradient, cut, own in zip(self.gradients, self.blockings, blocks.split(self.counts), strict=True):
-            limit = torch.finfo(gradient.dtype).max
-            gradient.copy_(cut.merge(own.clamp(-limit, limit)))
+        for unit, cut, own in zip(self.units, self.blockings, blocks.split(self.counts), strict=True):
+            matrix = cut.merge(own)
+            for parameter, part in zip(unit, _parts_of(matrix, unit), strict=True):
+                if parameter.grad is not None:
+                    limit = torch.finfo(parameter.grad.dtype).max
+                    parameter.grad.copy_(part.clamp(-limit, limit).view_as(parameter))
 
     def sides(self) -> Iterator[tuple[str, Factor]]:
         """("left", its form), ("right", its form)."""
         return zip(SIDES, self.forms, strict=True)
 
 
+def _joint_gradient(unit: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of a parameter, or of a weight and its bias as the last column: [first dim, the rest + 1]."""
+    if len(unit) == 1:
+        assert unit[0].grad is not None
+        return unit[0].grad
+    weight, bias = (torch.zeros_like(p) if p.grad is None else p.grad for p in unit)
+    return torch.cat([weight.flatten(1), bias.to(weight.dtype).unsqueeze(1)], 1)
+
+
+def _parts_of(matrix: Tensor, unit: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inverse of ``_joint_gradient``."""
+    return (matrix,) if len(unit) == 1 else (matrix[:, :-1], matrix[:, -1])
+
+
 @lru_cache
 def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """For each block of a stack the index of its parameter, int64 [sum(counts)]."""
+    """For each block of a stack the index of its unit, int64 [sum(counts)]."""
     return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
 
 
@@ -103,31 +127,6 @@ def _form(order: int, min_quant_size: int, quantization: tuple[Any, ...] | None,
         quantized=order * order >= min_quant_size,
         **settings,
     )
-
-
-def group_form(group: Group, order: int) -> Factor:
-    """The form in which a group keeps a factor of the given order."""
-    return _form(
-        order,
-        group["min_quant_size"],
-        tuple(group["quantization"]) if group["quantization"] else None,
-        storage=group["storage"],
-        bits=group["bits"],
-        layout=group["layout"],
-        power=group["root_power"],
-        decay=group["shampoo_beta"],
-        eps=group["matrix_eps"],
-        initial_scale=group["initial_scale"],
-        statistic_limit=group["statistic_limit"],
-        rectify_update=group["rectify_update"],
-        rectify_root=group["rectify_root"],
-        orthogonal_iterations=group["orthogonal_iterations"],
-    )
-
-
-def group_forms(group: Group, cut: Blocking) -> Forms:
-    """The forms in which a group keeps the factors of a block."""
-    return Forms(group_form(group, cut.rows), group_form(group, cut.columns))
 
 
 def _factors(
@@ -156,22 +155,63 @@ class KroneckerPreconditioner(ABC):
 
     * "step": int64 scalar on the CPU, steps in which the parameter had a gradient;
     * "nonfinite": int64 scalar, gradient blocks that were replaced by zeros;
-    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the parameter's blocks.
+    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks.
     """
 
-    @abstractmethod
-    def statistics(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The statistics of the left and right factors, [k, r, r] and [k, c, c], of gradient blocks [k, r, c]."""
+    # What its optimizer calls these settings of a factor.
+    decay_keyword: ClassVar[str] = "shampoo_beta"
+    eps_keyword: ClassVar[str] = "matrix_eps"
+    default_precondition_frequency: ClassVar[int] = 500
 
     @abstractmethod
+    def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
+        """The statistics of the left and right factors of blocks start to stop.
+
+        Args:
+            gradient: the blocks' gradients divided by ``magnitude``, [k, r, c].
+            magnitude: of each block's unit, [k].
+
+        Returns:
+            For each side M, [k, r, r] and [k, c, c], and a magnitude [k]: the statistic is magnitude^2 M.
+        """
+
     def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
         """The preconditioned blocks [k, r, c] from the roots [k, r, r] and [k, c, c]."""
+        return left @ gradient @ right
+
+    def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The parameters whose gradients are one matrix, if ``parameter`` is the first of them."""
+        return (parameter,)
 
     def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
-        """How a parameter of the group is cut into blocks; None if it is left to the base optimizer."""
+        """How the unit that begins with a parameter of the group is cut into blocks; None if there is none."""
         if not group["precondition"]:
             return None
         return blocking(tuple(parameter.shape), group["max_preconditioner_dim"])
+
+    def form(self, group: Group, order: int) -> Factor:
+        """The form in which a group keeps a factor of the given order."""
+        return _form(
+            order,
+            group["min_quant_size"],
+            tuple(group["quantization"]) if group["quantization"] else None,
+            storage=group["storage"],
+            bits=group["bits"],
+            layout=group["layout"],
+            power=group["root_power"],
+            decay=group[self.decay_keyword],
+            eps=group[self.eps_keyword],
+            initial_scale=group.get("initial_scale", 0.0),
+            statistic_limit=group["statistic_limit"],
+            rectify_update=group["rectify_update"],
+            rectify_root=group["rectify_root"],
+            orthogonal_iterations=group["orthogonal_iterations"],
+            **({"ridge": group["damping_rule"]} if "damping_rule" in group else {}),
+        )
+
+    def forms(self, group: Group, cut: Blocking) -> Forms:
+        """The forms in which a group keeps the factors of a block."""
+        return Forms(self.form(group, cut.rows), self.form(group, cut.columns))
 
     def layout(self, parameter: Tensor, group: Group) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor in the state of a parameter of the group."""
@@ -179,7 +219,7 @@ class KroneckerPreconditioner(ABC):
         cut = self.blocking(parameter, group)
         if cut is None:
             return counters
-        return counters | _factor_layout(cut, group_forms(group, cut), working_dtype(parameter))
+        return counters | _factor_layout(cut, self.forms(group, cut), working_dtype(parameter))
 
     def init_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter before its first step."""
@@ -190,8 +230,17 @@ class KroneckerPreconditioner(ABC):
         }
         cut = self.blocking(parameter, group)
         if cut is not None:
-            state |= _factors(cut, group_forms(group, cut), working_dtype(parameter), device)
+            state |= _factors(cut, self.forms(group, cut), working_dtype(parameter), device)
         return state
+
+    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
+        """Look at the groups and the state as they are now; called before anything else is asked."""
+
+    def dampings(
+        self, part: Bucket, states: list[State], statistics: Statistics | tuple[None, None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """For each side the ridge [k] of forms that want it given."""
+        return None, None
 
     @torch.no_grad()
     def step(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> Tensor | None:
@@ -201,13 +250,12 @@ class KroneckerPreconditioner(ABC):
             How many gradient blocks were not finite and how many decompositions failed in this step, int64 [2] on the
             first parameter's device; None if no parameter has a gradient.
         """
-        troubles = []
         with full_precision():
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None and self.blocking(parameter, group) is None:
-                        troubles.append(_guard(parameter.grad, state[parameter]))
-            for bucket in self._buckets(groups, state):
+            buckets = self._buckets(groups, state)
+            joined = {parameter for bucket in buckets for unit in bucket.units for parameter in unit}
+            alone = [p for group in groups for p in group["params"] if p.grad is not None and p not in joined]
+            troubles = [_guard(parameter.grad, state[parameter]) for parameter in alone]
+            for bucket in buckets:
                 troubles += [self._step_part(part) for part in _parts(bucket)]
         return torch.stack([t.to(troubles[0].device) for t in troubles]).sum(0) if troubles else None
 
@@ -223,15 +271,26 @@ class KroneckerPreconditioner(ABC):
                 cut = self.blocking(parameter, group)
                 if cut is None:
                     continue
-                forms = group_forms(group, cut)
-                due = _due(int(own["step"]), group, forms)
+                forms = self.forms(group, cut)
+                due = self._due(int(own["step"]), group, forms)
                 settings = (forms, due, group["graft"], group["workspace"], working_dtype(parameter))
                 key = (cut.rows, cut.columns, parameter.device, settings)
                 bucket = buckets.setdefault(key, Bucket(*settings))
-                bucket.gradients.append(parameter.grad)
+                bucket.units.append(self.unit(parameter))
                 bucket.blockings.append(cut)
                 bucket.states.append(own)
         return list(buckets.values())
+
+    def _due(self, step: int, group: Group, forms: Forms) -> Due:
+        refresh = group["precondition_frequency"]
+        if refresh is None:  # bits=32 stands in for the storage that was asked for, at the same steps
+            one_period = group["storage"] in ONE_PERIOD
+            refresh = group["statistics_frequency"] if one_period else self.default_precondition_frequency
+        return Due(
+            update=step % group["statistics_frequency"] == 0,
+            refresh=not forms.left.one_period and step % refresh == 0,
+            precondition=step >= group["start_preconditioning_step"],
+        )
 
     def _step_part(self, part: Bucket) -> Tensor:
         """One step of a bucket that fits in the workspace; returns its troubles, int64 [2]."""
@@ -266,28 +325,21 @@ class KroneckerPreconditioner(ABC):
     def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
         """Statistics into factors, factors into roots; returns how many blocks failed, int64 []."""
         failed = torch.zeros((), dtype=torch.int64, device=gradient.device)
-        statistics = self.statistics(gradient) if part.due.update else (None, None)
-        for (side, factor), m in zip(part.sides(), statistics, strict=True):
-            state = stack.read(side, start, stop)
+        due = part.due.update
+        statistics = self.statistics(part, start, stop, gradient, magnitude) if due else (None, None)
+        states = [stack.read(side, start, stop) for side in SIDES]
+        dampings = self.dampings(part, states, statistics)
+        for side, factor, state, statistic, damping in zip(
+            SIDES, part.forms, states, statistics, dampings, strict=True
+        ):
             before = state["failures"]
-            if m is not None:
-                state = factor.update(state, m, magnitude)
+            if statistic is not None:
+                state = factor.update(state, *statistic, damping)
             if part.due.refresh:
-                state = factor.refresh(state, gradient.dtype)
+                state = factor.refresh(state, gradient.dtype, damping)
             stack.write(side, start, stop, state)
             failed += (state["failures"] - before).sum()
         return failed
-
-
-def _due(step: int, group: Group, forms: Forms) -> Due:
-    refresh = group["precondition_frequency"]
-    if refresh is None:  # bits=32 stands in for the storage that was asked for, at the same steps
-        refresh = group["statistics_frequency"] if group["storage"] in ONE_PERIOD else DEFAULT_PRECONDITION_FREQUENCY
-    return Due(
-        update=step % group["statistics_frequency"] == 0,
-        refresh=not forms.left.one_period and step % refresh == 0,
-        precondition=step >= group["start_preconditioning_step"],
-    )
 
 
 def _guard(gradient: Tensor, state: dict[str, Any]) -> Tensor:

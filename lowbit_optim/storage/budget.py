@@ -98,10 +98,10 @@ def form(
         return Dense(**shared)
     if storage == "eigen":
         rows = Rows((quantization or _SQUARE[bits]) if quantized else None)
-        rectifications = {"rectify_update": rectify_update, "rectify_root": rectify_root}
+        rectifications: Any = {"rectify_update": rectify_update, "rectify_root": rectify_root}
         return Eigen(vectors=rows, codec=symmetric, iterations=orthogonal_iterations, **rectifications, **shared)
     if storage == "reflector":
-        none = {"rectify_update": 0, "rectify_root": 0}
+        none: Any = {"rectify_update": 0, "rectify_root": 0}
         return Eigen(vectors=Reflectors(triangle), codec=symmetric, iterations=orthogonal_iterations, **none, **shared)
     if storage.startswith("cholesky"):
         return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)

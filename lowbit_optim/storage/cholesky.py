@@ -9,6 +9,9 @@ from lowbit_optim.linalg import cholesky, finite, inverse_root
 from lowbit_optim.storage.factors import Factor, State, counters, put, take
 from lowbit_optim.storage.symmetric import Symmetric
 
+# What makes A definite, relative to its mean eigenvalue, at most: it enters the average, as damping must not.
+_RIDGE = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cholesky(Factor):
@@ -44,9 +47,9 @@ class Cholesky(Factor):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         return self.codec.decode(take("root", state), dtype)
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, self.statistic(state, m.dtype), m, magnitude)
-        c, ok = cholesky(a, self.eps)
+        c, ok = cholesky(a, min(self.eps, _RIDGE))
         if not self.feedback:
             return put("cholesky", self.codec.encode(c)), ok & finite(a)
         error = self._error(state, m.dtype)
@@ -63,6 +66,6 @@ class Cholesky(Factor):
         nothing = torch.zeros_like(state["cholesky.diagonal"])
         return self.codec.decode({"diagonal": nothing, **parts}, dtype).tril()
 
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps)
+    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
+        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
         return put("root", self.codec.encode(root)), ok

@@ -104,13 +104,13 @@ class Eigen(Factor):
     def _statistic(self, state: State, v: Tensor) -> Tensor:
         return symmetrize((v * state["eigenvalues"].to(v.dtype).unsqueeze(-2)) @ v.mT)
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         v = self.eigenvectors(state, self.rectify_update, m.dtype)
         a = self._average(state, self._statistic(state, v), m, magnitude)
         values, p, ok = orthogonal_iteration(a, v, self.iterations)
         return {"eigenvalues": values.float()} | put("eigenvectors", self.vectors.encode(p)), ok & finite(values)
 
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
+    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
         v = self.eigenvectors(state, self.rectify_root, dtype)
-        root = matrix_power(damped(state["eigenvalues"].to(dtype), self.eps), v, -1 / self.power)
+        root = matrix_power(damped(state["eigenvalues"].to(dtype), self.eps, damping), v, -1 / self.power)
         return put("root", self.codec.encode(root)), finite(root)

@@ -44,6 +44,8 @@ class Factor(ABC):
         power: p of the root A^(-1/p).
         decay: beta of the moving average.
         eps: ridge relative to the largest eigenvalue of A.
+        ridge: "relative": the root is that of A + eps lambda_max I. "absolute": of A + damping I, with the damping that
+            is given to ``update`` and ``refresh``. ``Root`` knows "clamp", too.
         initial_scale: A starts as this times I, and A <- beta A + (1 - beta) M. At 0 A is the average of all statistics
             since the first that is not zero, with weights beta^age (Adam's bias correction).
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A):
@@ -54,6 +56,7 @@ class Factor(ABC):
     power: int = 4
     decay: float = 0.95
     eps: float = 1e-6
+    ridge: str = "relative"
     initial_scale: float = 0.0
     statistic_limit: float = 4.0
 
@@ -76,27 +79,43 @@ class Factor(ABC):
         """A^(-1/p) as of the last refresh, [k, n, n] in ``dtype``."""
 
     @abstractmethod
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         """The changed part of the state and ok [k]."""
 
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
+    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has one period: its root comes with the update")
 
-    def update(self, state: State, m: Tensor, magnitude: Tensor) -> State:
+    def mean_eigenvalue(self, state: State, dtype: torch.dtype) -> Tensor:
+        """tr(A) / n, [k]."""
+        return self.statistic(state, dtype).diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    def update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None = None) -> State:
         """Take in the statistic magnitude^2 M.
 
         Args:
             m: symmetric positive semidefinite [k, n, n], float32 or float64 (the dtype of the computation).
             magnitude: [k], apart from M because its square may overflow or underflow.
+            damping: [k], for the "absolute" ridge of a form whose root comes with the update.
         """
-        norm = magnitude * trace(m).sqrt()  # NaN where a trace is negative, and nothing of that block is kept
-        updates = state["updates"] + ((state["updates"] > 0) | (norm > 0))
-        changed, ok = self._update(state | {"updates": updates}, m, magnitude)
-        return _keep_good(state, changed | {"updates": updates, "previous_norm": _storable(norm)}, ok)
+        counted, norm = self._counted(state, m, magnitude)
+        changed, ok = self._update(counted, m, magnitude, damping)
+        return _keep_good(state, changed | {"updates": counted["updates"], "previous_norm": _storable(norm)}, ok)
 
-    def refresh(self, state: State, dtype: torch.dtype) -> State:
-        """Compute the root of the statistic that is kept, in ``dtype``."""
-        return _keep_good(state, *self._refresh(state, dtype))
+    def mean_after(self, state: State, m: Tensor, magnitude: Tensor) -> Tensor:
+        """tr(A) / n, [k], as it will be after that update; as it is if the statistic is not finite."""
+        n, before = m.shape[-1], self.mean_eigenvalue(state, m.dtype)
+        a, new = ((x * n)[:, None, None] for x in (before, trace(m) / n))
+        mean = self._average(self._counted(state, m, magnitude)[0], a, new, magnitude).flatten() / n
+        return torch.where(torch.isfinite(mean) & finite(m), mean, before)
+
+    def _counted(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+        """The state with one update more, and the statistic's norm (tr M)^(1/2), [k]."""
+        norm = magnitude * trace(m).sqrt()  # NaN where a trace is negative, and nothing of that block is kept
+        return state | {"updates": state["updates"] + ((state["updates"] > 0) | (norm > 0))}, norm
+
+    def refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None = None) -> State:
+        """Compute the root of the statistic that is kept, in ``dtype``; damping: [k], for the "absolute" ridge."""
+        return _keep_good(state, *self._refresh(state, dtype, damping))
 
     def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor, unit: Tensor | float = 1.0) -> Tensor:
         """(1 - s) A + s magnitude^2 M, with s = (1 - beta) / (1 - beta^t) at the t-th statistic.
@@ -164,12 +183,12 @@ class Dense(Factor):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["root"].to(dtype)
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, state["statistic"], m, magnitude)
         return {"statistic": a}, finite(a)
 
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps)
+    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
+        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
         return {"root": root}, ok
 
 
@@ -194,10 +213,10 @@ class Direct(Factor):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         return self.codec.decode(take("root", state), dtype)
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, self.statistic(state, m.dtype), m, magnitude)
         return put("statistic", self.codec.encode(a)), finite(a)
 
-    def _refresh(self, state: State, dtype: torch.dtype) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps)
+    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
+        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
         return put("root", self.codec.encode(root)), ok

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lowbit_optim.linalg import (
     exponential,
     finite,
     inverse_root,
+    largest_eigenvalue,
     matrix_power,
     symmetrize,
     trace,
@@ -33,15 +34,18 @@ class Root(Factor):
     triangle holds it. What is kept is the root of A / r^2 with r^2 = tr(A) / n, and r: the root is then a number near 1
     at any scale of the gradient, and reading A back to its known trace keeps the rounding errors of X^-q, which all
     push upwards, from compounding through the average. When A is read, X's eigenvalues are raised to eps^(1/q) of the
-    largest: no true eigenvalue lies below.
+    largest (ridge "clamp"): no true eigenvalue lies below. A ridge that is added ("relative", "absolute") is kept, too,
+    and taken off again: it must not enter the average.
 
     Args:
         codec: how X is kept.
-        stored_power: q, a power of two times ``power``; None means ``power``, so that X is the root itself. For study:
-            a larger one compresses the spectrum more, and costs a matrix product per doubling in every step.
+        stored_power: q, a power of two times ``power``; None means the smallest of at least 4, so that X is the root
+            itself from p = 4 on. A larger one compresses the spectrum more, and costs a matrix product per doubling in
+            every step.
     """
 
     codec: Symmetric
+    ridge: str = "clamp"
     stored_power: int | None = None
     one_period: ClassVar[bool] = True
     name: ClassVar[str] = "root"  # of X in the state
@@ -49,7 +53,8 @@ class Root(Factor):
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         start = put(self.name, self.codec.identity(blocks, order, dtype, device))
         rms = torch.full((blocks,), math.sqrt(self.initial_scale), dtype=torch.float32, device=device)
-        return {"rms": rms} | start | counters(blocks, device)
+        ridge = {} if self.ridge == "clamp" else {"ridge": torch.zeros_like(rms)}
+        return {"rms": rms} | ridge | start | counters(blocks, device)
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         a, _ = self._normalized_statistic(state, dtype)
@@ -58,38 +63,67 @@ class Root(Factor):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         rms = state["rms"].to(dtype)
         root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
-        scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power).clamp(max=_LARGEST_SCALE)
+        scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power)
+        scale = scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
         return root * each(scale, root)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"stored_power": self._q}
+
+    def mean_eigenvalue(self, state: State, dtype: torch.dtype) -> Tensor:
+        return state["rms"].to(dtype).square()
 
     @property
     def _q(self) -> int:
-        return self.stored_power or self.power
+        return self.stored_power or self.power * max(1, 2 ** math.ceil(math.log2(4 / self.power)))
+
+    @property
+    def _floor(self) -> float:
+        """Of the eigenvalues of A with its ridge, relative to the largest."""
+        return self.eps if self.ridge == "clamp" else 1e-7
 
     def _normalized_statistic(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A / r^2, of trace n, or zeros before the first statistic; ok [k]."""
         values, vectors, ok = eigh(symmetrize(self.codec.decode(take(self.name, state), dtype)))
         values = self._eigenvalues(values)
-        values = values * (values.shape[-1] / values.sum(-1, keepdim=True))
+        if self.ridge != "clamp":
+            values = (values - state["ridge"].to(dtype).unsqueeze(-1)).clamp(min=0)
+        total = values.sum(-1, keepdim=True)
+        # Zero if a ridge was so large that nothing is left of A beside it.
+        values = torch.where(total > 0, values * (values.shape[-1] / total), 1.0)
         a = matrix_power(values, vectors, 1.0)
         return torch.where(each(state["rms"] > 0, a), a, 0.0), ok
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         rms = state["rms"].to(m.dtype)
         unit = torch.where(rms > 0, rms, magnitude)
         a, ok = self._normalized_statistic(state, m.dtype)
         safe = torch.where(unit > 0, unit, 1.0)
         a = self._average(state, a, m, magnitude / safe, safe)
         mean = trace(a) / a.shape[-1]
-        x, x_ok = self._kept(a / each(torch.where(mean > 0, mean, 1.0), a))
-        return {"rms": (unit * mean.sqrt()).float()} | put(self.name, self.codec.encode(x)), ok & x_ok
+        rms = unit * mean.sqrt()
+        changed = {"rms": rms.float()}
+        a = a / each(torch.where(mean > 0, mean, 1.0), a)
+        if self.ridge != "clamp":
+            ridge = self._added(a, damping, rms)
+            changed["ridge"] = ridge.float()
+            a = a + torch.diag_embed(ridge.unsqueeze(-1).expand(a.shape[:-1]))
+        x, x_ok = self._kept(a)
+        return changed | put(self.name, self.codec.encode(x)), ok & x_ok
+
+    def _added(self, a: Tensor, damping: Tensor | None, rms: Tensor) -> Tensor:
+        """The ridge of a normalized A, [k]."""
+        if damping is not None:
+            return damping / torch.where(rms > 0, rms, 1.0).square()
+        return self.eps * largest_eigenvalue(a)
 
     def _kept(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """X of a normalized A, before coding; ok [k]."""
-        return inverse_root(a, self._q, self.eps, clamp=True)
+        """X of a normalized A with its ridge, before coding; ok [k]."""
+        return inverse_root(a, self._q, self._floor, clamp=True)
 
     def _eigenvalues(self, values: Tensor) -> Tensor:
-        """Of A, from those of X, [k, n] ascending; their scale does not matter."""
-        return damped(values, self.eps ** (1 / self._q), clamp=True).pow(-self._q)
+        """Of A with its ridge, from those of X, [k, n] ascending; without a ridge their scale does not matter."""
+        return damped(values, self._floor ** (1 / self._q), clamp=True).pow(-self._q)
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         """A^(-1/p) from X."""
@@ -113,11 +147,13 @@ class Logarithm(Root):
 
     def _kept(self, a: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors, ok = eigh(a)
-        x = symmetrize((vectors * -damped(values, self.eps, clamp=True).log().unsqueeze(-2)) @ vectors.mT)
+        x = symmetrize((vectors * -damped(values, self._floor, clamp=True).log().unsqueeze(-2)) @ vectors.mT)
         return x, ok & finite(x)
 
     def _eigenvalues(self, values: Tensor) -> Tensor:
-        return (values[..., :1] - values).exp()  # 1 for the smallest of X, the largest of A
+        smallest = values[..., :1]
+        relative = (smallest - values).exp()  # 1 for the smallest of X, the largest of A
+        return relative if self.ridge == "clamp" else relative * smallest.clamp(min=-60).neg().exp()
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         return exponential(x / self.power)
