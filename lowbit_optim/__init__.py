@@ -4,8 +4,21 @@ from importlib.metadata import version
 
 from lowbit_optim import presets
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lowbit_optim.optimizers.adabk import AdaBK
+from lowbit_optim.optimizers.caspr import CASPR
+from lowbit_optim.optimizers.kfac import KFAC
 from lowbit_optim.optimizers.shampoo import Shampoo
 from lowbit_optim.storage import Quantization
 
 __version__ = version("lowbit-optim")
-__all__ = ["CheckpointError", "Quantization", "Shampoo", "load_checkpoint", "presets", "save_checkpoint"]
+__all__ = [
+    "CASPR",
+    "KFAC",
+    "AdaBK",
+    "CheckpointError",
+    "Quantization",
+    "Shampoo",
+    "load_checkpoint",
+    "presets",
+    "save_checkpoint",
+]

@@ -3,37 +3,70 @@
 A new optimizer joins the contract by one entry in ``OPTIMIZERS``.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
-from lowbit_optim import Shampoo, presets
+from lowbit_optim import CASPR, KFAC, AdaBK, Shampoo, presets
 
 # Factors of order 16 and more are quantized, so that small models have codes in their state.
 small = {"lr": 0.01, "statistics_frequency": 2, "min_quant_size": 256}
 sgd = {"base": "sgd", "momentum": 0.9}
 
+
+def of_parameters(optimizer, **settings):
+    """From a model, its parameters or some of them."""
+
+    def make(model, params=None, **more):
+        own = model.parameters() if isinstance(model, nn.Module) else model
+        return optimizer(own if params is None else params, **{**settings, **more})
+
+    return make
+
+
+def of_a_model(optimizer, **settings):
+    """From a model, whose layers it hooks into."""
+
+    def make(model, params=None, **more):
+        own = model.parameters() if params is None else params
+        return optimizer(own, model=model, **{**settings, **more})
+
+    return make
+
+
 OPTIMIZERS = {
-    "shampoo": partial(Shampoo, **small),
-    "shampoo-sgd": partial(Shampoo, **small, **sgd, nesterov=True),
-    "shampoo-4-bits": partial(Shampoo, **small, bits=4),
-    "shampoo-blocks": partial(Shampoo, **small, base="adagrad", max_preconditioner_dim=20, workspace=10_000),
-    "shampoo-32-bits": partial(Shampoo, **small, bits=32, precondition_frequency=3),
-    "shampoo-direct": partial(Shampoo, **small, **sgd, bits=4, storage="direct", precondition_frequency=2),
-    "shampoo-eigen": partial(Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1),
+    "shampoo": of_parameters(Shampoo, **small),
+    "shampoo-sgd": of_parameters(Shampoo, **small, **sgd, nesterov=True),
+    "shampoo-4-bits": of_parameters(Shampoo, **small, bits=4),
+    "shampoo-blocks": of_parameters(Shampoo, **small, base="adagrad", max_preconditioner_dim=20, workspace=10_000),
+    "shampoo-32-bits": of_parameters(Shampoo, **small, bits=32, precondition_frequency=3),
+    "shampoo-direct": of_parameters(Shampoo, **small, **sgd, bits=4, storage="direct", precondition_frequency=2),
+    "shampoo-eigen": of_parameters(
+        Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1
+    ),
+    "caspr": of_parameters(CASPR, **small),
 }
+LAYERED = {
+    "kfac": of_a_model(KFAC, **small),
+    "kfac-32-bits": of_a_model(KFAC, **small, **sgd, bits=32, storage="eigen", precondition_frequency=3),
+    "kfac-absolute": of_a_model(KFAC, **small, damping_rule="absolute", graft=False, sharing="reduce", bits=4),
+    "adabk": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
+}
+OPTIMIZERS |= LAYERED
 
 
-def shampoo(parameters, **settings):
-    """A Shampoo for the small model, at 4 bits, which every storage but dense supports."""
-    return Shampoo(parameters, **{**small, "bits": 4, **settings})
+def each(names):
+    """For every one of these optimizers, ``make(model, params=None, **settings)``."""
+    return pytest.mark.parametrize("make", [pytest.param(OPTIMIZERS[name], id=name) for name in names])
 
 
-each_optimizer = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OPTIMIZERS.items()])
-quick = [pytest.param(OPTIMIZERS[name], id=name) for name in ("shampoo", "shampoo-eigen")]
-each_quickly = pytest.mark.parametrize("make", quick)
+each_optimizer = each(OPTIMIZERS)
+each_of_parameters = each(name for name in OPTIMIZERS if name not in LAYERED)  # make([parameter, ...]), too
+each_quickly = each(["shampoo", "shampoo-eigen", "kfac"])
+
+
+# For the small model, at 4 bits, which every storage but dense supports.
+shampoo = of_parameters(Shampoo, **small, bits=4)
 
 
 class Net(nn.Module):
@@ -86,7 +119,7 @@ def train(model, optimizer, steps):
 def run(make, steps=6, model=None):
     """(model, optimizer) after so many steps."""
     model = net() if model is None else model
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     train(model, optimizer, range(steps))
     return model, optimizer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from lowbit_optim import Shampoo
 from lowbit_optim.storage.budget import BITS, ONE_PERIOD, STORAGES
 from tests import oracles
-from tests.contract import net, run, same, same_models, train
+from tests.contract import net, of_parameters, run, same, same_models, train
 from tests.factors import advance, distance, make
 
 ORDER = 96
@@ -184,7 +184,7 @@ def optimizer_of(storage, bits):
     """A Shampoo for the small model, whose factors are coded from order 16 on."""
     period = None if storage in ONE_PERIOD else 3
     settings = {"min_quant_size": 256, "statistics_frequency": 2, "precondition_frequency": period}
-    return lambda parameters: Shampoo(parameters, lr=0.01, storage=storage, bits=bits, **settings)
+    return of_parameters(Shampoo, lr=0.01, storage=storage, bits=bits, **settings)
 
 
 @each_form

@@ -61,7 +61,7 @@ def test_bitsandbytes_as_base():
     parameters, state = torch.load(file, weights_only=True)
     other = net(seed=1)
     other.load_state_dict(parameters)
-    resumed = make(other.parameters())
+    resumed = make(other)
     resumed.load_state_dict(state)
     train(model, optimizer, range(4, 8))
     train(other, resumed, range(4, 8))
@@ -125,7 +125,7 @@ def test_state_shows_every_key(make):
 @each_optimizer
 def test_step_hooks_fire_once(make):
     model, fired = net(), []
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     handles = [
         register_optimizer_step_pre_hook(lambda o, *_: fired.append(("global pre", o))),
         register_optimizer_step_post_hook(lambda o, *_: fired.append(("global post", o))),
@@ -144,7 +144,7 @@ def test_step_hooks_fire_once(make):
 @each_optimizer
 def test_init_state_before_the_first_step(make):
     model = net()
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     optimizer.init_state()
     assert set(optimizer.state) == set(model.parameters())
     keys = {p: {k for k in own if not k.startswith("base.")} for p, own in optimizer.state.items()}

@@ -14,6 +14,7 @@ from lowbit_optim import Quantization, Shampoo, presets
 from tests.contract import (
     OPTIMIZERS,
     copies,
+    each,
     each_optimizer,
     each_quickly,
     net,
@@ -45,7 +46,7 @@ def memory(optimizer):
 def resumed(make, model, state_dict):
     """A copy of the model under a new optimizer that has loaded the state dict."""
     model = copy.deepcopy(model)
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     optimizer.load_state_dict(state_dict)
     return model, optimizer
 
@@ -86,7 +87,7 @@ def test_two_optimizers_share_no_memory(make):
 def test_load_before_the_first_step(make):
     """accelerate loads the state dict of an optimizer that has not stepped into itself."""
     model = net()
-    optimizer = make(model.parameters())
+    optimizer = make(model)
     optimizer.load_state_dict(optimizer.state_dict())
     assert not optimizer.state
     train(model, optimizer, range(5))
@@ -102,7 +103,7 @@ def test_load_over_other_state(make):
     other_model.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     assert same(other.state_dict(), optimizer.state_dict())
-    fresh = make(net().parameters()).state_dict()
+    fresh = make(net()).state_dict()
     other.load_state_dict(fresh)
     assert same(other.state_dict(), fresh)
 
@@ -113,9 +114,9 @@ def test_load_what_has_seen_only_some_gradients(make):
     model.hidden.weight.requires_grad_(False)
     model, optimizer = run(make, 4, model)
     other_model, other = resumed(make, model, through_a_file(optimizer.state_dict()))
-    for each, its in ((model, optimizer), (other_model, other)):
-        each.hidden.weight.requires_grad_(True)
-        train(each, its, range(4, 8))
+    for own, its in ((model, optimizer), (other_model, other)):
+        own.hidden.weight.requires_grad_(True)
+        train(own, its, range(4, 8))
     assert same_models(model, other_model)
 
 
@@ -128,11 +129,14 @@ def test_deepcopy_and_pickle(make, how, steps):
     assert type(other) is type(optimizer)
     assert same(other.state_dict(), optimizer.state_dict())
     assert not memory(optimizer) & memory(other)
+    if hasattr(other, "attach"):
+        other.attach(other_model)
     assert all(p is q for p, q in zip(other_model.parameters(), other.param_groups[0]["params"], strict=True))
     train(model, optimizer, range(steps, steps + 4))
     train(other_model, other, range(steps, steps + 4))
     assert same_models(model, other_model)
-    other.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+    other_model.later = nn.Parameter(torch.zeros(2, 2))
+    other.add_param_group({"params": [other_model.later]})
     assert len(optimizer.param_groups) == 1
 
 
@@ -153,7 +157,7 @@ def test_distributed_checkpoint_state_dicts(make, flat, steps):
     assert same_models(model, other_model)
 
 
-@each_quickly
+@each(["shampoo", "shampoo-eigen"])
 def test_groups_and_schedule_come_back(make):
     def both(model):
         optimizer = make([{"params": model.hidden.parameters(), "lr": 0.02, "shampoo_beta": 0.8}])

@@ -1,0 +1,320 @@
+"""K-FAC over any first-order optimizer, with its factors in low-bit storage."""
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.optimizers.second_order import SecondOrder, keywords
+from lowbit_optim.preconditioners.kronecker import SIDES, Bucket, Group, KroneckerPreconditioner, Statistics
+from lowbit_optim.preconditioners.layers import Hook, Layer, layers_of
+from lowbit_optim.presets import DEFAULT_BITS
+from lowbit_optim.storage import Quantization
+from lowbit_optim.storage.factors import State
+
+logger = logging.getLogger("lowbit_optim")
+
+_UNHOOKED = "a copied, unpickled or closed optimizer has no hooks: call attach(model)"
+
+_BLIND = (
+    "no hook saw a backward pass though there are gradients, so factors are not updated. A model that torch.compile "
+    "has compiled before never calls hooks that come later: construct the optimizer first, or call "
+    "torch._dynamo.reset(). This is said once."
+)
+
+
+class KFACPreconditioner(KroneckerPreconditioner):
+    """Martens and Grosse 2015: (G + damping)^(-1) dW (A + damping)^(-1), of input and output-gradient statistics.
+
+    Its layers are those of the model that it was attached to last; a copy or a pickle of it is attached to none.
+    """
+
+    decay_keyword: ClassVar[str] = "factor_decay"
+    eps_keyword: ClassVar[str] = "damping"
+    default_precondition_frequency: ClassVar[int] = 2000
+
+    def __init__(self, sharing: str) -> None:
+        self.sharing = sharing
+        self.grad_scale: Callable[[], float | Tensor] | None = None
+        self.layers: list[Layer] = []
+        self.others: dict[str, str] = {}
+        self.handles: list[Any] = []
+        self._layer_of: dict[Tensor, Layer] = {}
+        self._loss_scale: float | Tensor = 1.0
+        self._warned = False
+
+    def attach(self, model: nn.Module, grad_scale: Callable[[], float | Tensor] | None) -> None:
+        """Hook into a model's layers, instead of those of the model before."""
+        layers, others = layers_of(model, self.sharing == "reduce")
+        if not layers:
+            raise ValueError("the model has no Linear, Conv or small Embedding layer whose factors could be kept")
+        self.close()
+        self.layers, self.others, self.grad_scale = layers, others, grad_scale
+        for layer in layers:
+            module = layer.module()
+            assert module is not None
+            self.handles.append(Hook(layer).add_to(module))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sharing": self.sharing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Parameters may have been swapped, added or frozen, so nothing about them is kept from the last time."""
+        group_of = {parameter: group for group in groups for parameter in group["params"]}
+        self._layer_of = {}
+        for layer in self.layers:
+            weight, bias = layer.weight, layer.bias
+            if weight is None or weight not in group_of:
+                layer.wanted = _never
+                continue
+            if layer.joint is None or "left.failures" not in state.get(weight, {}):  # then it has a shape already
+                trains = bias is not None and bias.requires_grad and bias in group_of
+                layer.joint = bool(trains and layer.own_bias and group_of[bias]["precondition"])
+            layer.wanted = _due_next(layer, group_of[weight], state)
+            self._layer_of[weight] = layer
+
+    def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        layer = self._layer_of[parameter]
+        return (parameter, layer.bias) if layer.joint and layer.bias is not None else (parameter,)
+
+    def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
+        layer = self._layer_of.get(parameter)
+        return layer.blocking if layer is not None and group["precondition"] else None
+
+    def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
+        pieces = list(Stack(part.states, part.counts).pieces(start, stop))
+        both: list[Any] = []
+        for side in SIDES:
+            found = []
+            for i, lo, hi in pieces:
+                m, size = self._layer_of[part.units[i][0]].statistic(side, self._loss_scale)
+                found.append((m[lo:hi], size[lo:hi]))
+            both.append([torch.cat(x).to(part.dtype) for x in zip(*found, strict=True)])
+        return tuple(both)
+
+    def dampings(
+        self, part: Bucket, states: list[State], statistics: Statistics | tuple[None, None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """G + sqrt(lambda) / pi I and A + pi sqrt(lambda) I, pi^2 = (tr A / dim A) / (tr G / dim G)."""
+        if part.forms.left.ridge != "absolute":
+            return None, None
+        left, right = (
+            factor.mean_eigenvalue(state, part.dtype) if given is None else factor.mean_after(state, *given)
+            for factor, state, given in zip(part.forms, states, statistics, strict=True)
+        )
+        ratio = (right / left).sqrt()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
+        root = part.forms.left.eps**0.5
+        return root / ratio, root * ratio
+
+    @torch.no_grad()
+    def step(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> Tensor | None:
+        if self.grad_scale is not None:
+            self._loss_scale = self.grad_scale()
+        due = [layer for weight, layer in self._layer_of.items() if weight.grad is not None and layer.wanted()]
+        if due and not any(layer.rows for layer in due) and not self._warned:
+            self._warned = True
+            logger.warning(_BLIND)
+        troubles = super().step(groups, state)
+        self.clear()
+        return troubles
+
+    def clear(self) -> None:
+        """Forget what hooks have collected since the last step."""
+        for layer in self.layers:
+            layer.clear()
+
+
+def _due_next(layer: Layer, group: Group, state: Mapping[Tensor, dict[str, Any]]) -> Callable[[], bool]:
+    def due() -> bool:
+        weight = layer.weight  # which may have been swapped
+        if weight is None or not weight.requires_grad or not group["precondition"]:
+            return False
+        steps = int(state[weight]["step"]) if weight in state else 0
+        return (steps + 1) % group["statistics_frequency"] == 0
+
+    return due
+
+
+def _never() -> bool:
+    return False
+
+
+def _none() -> None:
+    return None
+
+
+def _check_members(parameters: list[Tensor], model: nn.Module) -> None:
+    own = set(model.parameters())
+    for parameter in parameters:
+        if parameter not in own:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of the model's")
+
+
+class KFAC(SecondOrder):
+    r"""K-FAC with low-bit factors in front of a first-order optimizer.
+
+    For every Linear, Conv1d, Conv2d, Conv3d and small Embedding layer of ``model``, with inputs x (and a last 1 for the
+    bias), gradients g of its outputs, :math:`\beta` = ``factor_decay`` and p = ``root_power``:
+
+    .. math::
+
+        R \leftarrow \beta R + (1 - \beta) \, E[x x^T], \quad L \leftarrow \beta L + (1 - \beta) \, E[g g^T], \quad
+        \hat G = (L + \lambda_L I)^{-1/p} \, G \, (R + \lambda_R I)^{-1/p}, \quad
+        \tilde G = \hat G \, \|G\|_F / \|\hat G\|_F
+
+    G being the gradient of the weight with that of the bias as its last column. g is the gradient of the loss that is
+    trained on: the empirical Fisher matrix. Everything else is left to the base optimizer; ``report()`` says what.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate, handed to the base. Default 1e-3.
+        model: the module whose layers they are of. Hooks are added to it; ``close()`` removes them.
+        base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        bits, storage, quantization, layout, precondition, min_quant_size, start_preconditioning_step, statistic_limit,
+            rectify_update, rectify_root, graft, workspace: as for :class:`Shampoo`; rectifications default to 0.
+        statistics_frequency: steps between statistics updates (T1). Default 200.
+        precondition_frequency: steps between root updates (T2) of storages with two periods. Default None: 2000.
+        factor_decay: decay of the statistics. Default 0.9.
+        damping: lambda. Default 0.1.
+        damping_rule: "relative": lambda times the largest eigenvalue of the factor. "absolute": pi sqrt(lambda) for R
+            and sqrt(lambda) / pi for L, pi^2 the quotient of their mean eigenvalues (Martens and Grosse 2015). Default
+            "relative".
+        root_power: p. Default 1.
+        sharing: what the positions of a sequence or image are. "expand": rows of their own. "reduce": inputs are
+            averaged and gradients summed over them. Default "expand".
+        grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.
+            Needed with graft=False or absolute damping only. Default None: 1.
+        orthogonal_iterations: QR iterations per update of storage "eigen". Default 2.
+        **base_kwargs: options of the base optimizer.
+
+    Raises:
+        ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's.
+        TypeError: no model; a keyword that neither K-FAC nor its base knows.
+    """
+
+    preconditioner: KFACPreconditioner
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        *,
+        model: nn.Module | None = None,
+        base: str | type[Optimizer] = "adamw",
+        bits: float = DEFAULT_BITS,
+        storage: str = "root",
+        quantization: Quantization | None = None,
+        layout: str = "triangle",
+        precondition: bool = True,
+        min_quant_size: int = 4096,
+        statistics_frequency: int = 200,
+        precondition_frequency: int | None = None,
+        start_preconditioning_step: int = 1,
+        factor_decay: float = 0.9,
+        damping: float = 0.1,
+        damping_rule: str = "relative",
+        statistic_limit: float = 4.0,
+        root_power: int = 1,
+        rectify_update: int = 0,
+        rectify_root: int = 0,
+        orthogonal_iterations: int = 2,
+        graft: bool = True,
+        workspace: int = 256 * 2**20,
+        sharing: str = "expand",
+        grad_scale: Callable[[], float | Tensor] | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        settings = keywords(locals(), "model", "sharing", "grad_scale")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {model!r}; {type(self).__name__} needs the module whose layers it preconditions")
+        if sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing is {sharing!r}; it must be 'expand' or 'reduce'")
+        self._model: Callable[[], nn.Module | None] = _none
+        self._scales_loss = grad_scale is not None
+        super().__init__(params, KFACPreconditioner(sharing), settings, base, base_kwargs)
+        self.attach(model, grad_scale)
+
+    def attach(self, model: nn.Module, grad_scale: Callable[[], float | Tensor] | None = None) -> None:
+        """Hook into a model; needed after copying or unpickling, which leave hooks and ``grad_scale`` behind.
+
+        Raises:
+            ValueError: the model has no supported layer, a parameter of the optimizer is not the model's, or
+                ``grad_scale`` was given to the constructor and is not now.
+        """
+        if self._scales_loss and grad_scale is None:
+            raise ValueError("this optimizer was made with grad_scale: give attach one too")
+        for group in self.param_groups:
+            _check_members(group["params"], model)
+        self.preconditioner.attach(model, grad_scale)
+        self._model = weakref.ref(model)
+        self._prepare()
+
+    def close(self) -> None:
+        """Remove the hooks from the model; what is left can be saved, but not step."""
+        self.preconditioner.close()
+
+    def add_param_group(self, param_group: Group) -> None:
+        model = self._model()
+        if model is not None:
+            given = param_group["params"]
+            param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+            _check_members([p[1] if isinstance(p, tuple) else p for p in param_group["params"]], model)
+        super().add_param_group(param_group)
+        self._prepare()
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not self.preconditioner.layers:
+            raise ValueError(f"{_UNHOOKED} before loading a state dict")
+        super().check_state_dict(state_dict)
+
+    def _check_step(self) -> None:
+        if not self.preconditioner.handles:
+            raise RuntimeError(_UNHOOKED)
+        super()._check_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_model": _none, "_scales_loss": self._scales_loss}
+
+    def report(self) -> dict[str, str]:
+        """How each parameter of the model is treated, by its name there."""
+        self._prepare()
+        groups = dict(self._parameters())
+        treated = dict(self.preconditioner.others)
+        for layer in self.preconditioner.layers:
+            for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+                if parameter is not None:
+                    where = f"{layer.name}.{name}" if layer.name else name
+                    treated[where] = self._treatment(layer, parameter, groups)
+        return treated
+
+    def _treatment(self, layer: Layer, parameter: Tensor, groups: dict[Tensor, Group]) -> str:
+        weight = layer.weight
+        if parameter not in groups:
+            return "no parameter of this optimizer"
+        if weight is None or weight not in groups or not groups[weight]["precondition"]:
+            return "its weight is not preconditioned"
+        if parameter is not weight:
+            return "a column of the weight"
+        group, cut = groups[weight], layer.blocking
+        blocks = f"{cut.count} blocks of " * (cut.count > 1)
+        kept = f"{group['storage']}, {group['bits']} bits" if group["bits"] != 32 else "32 bits"
+        return f"{type(self).__name__}: {blocks}{cut.rows} x {cut.columns}, {kept}"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.preconditioner.clear()
