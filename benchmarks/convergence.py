@@ -1,12 +1,13 @@
-"""Do the low-bit forms of Shampoo train as the 32-bit one does? Four real tasks, several forms, many seeds.
+"""Do the low-bit forms of an optimizer train as its 32-bit self does? Four real tasks, several forms, many seeds.
 
-The learning rate is tuned for AdamW and for 32-bit Shampoo, with seed 0, on a grid that grows where its best rate lies
-on an edge, and that is refined beside the best; every other form takes 32-bit Shampoo's. Then all train with the same
-seeds, 100 and up, and each is compared with 32-bit Shampoo seed by seed. A run that has ended is a line in
+The learning rate is tuned for AdamW and for the 32-bit optimizer, with seed 0, on a grid that grows where its best rate
+lies on an edge, and that is refined beside the best; every other form takes the 32-bit one's. Then all train with the
+same seeds, 100 and up, and each is compared with the 32-bit one seed by seed. A run that has ended is a line in
 results/convergence.jsonl, and is not run again.
 
-    python -m benchmarks.convergence --data DIR --jobs 2     # can be stopped and started again at any time
+    python -m benchmarks.convergence --data DIR --jobs 2     # Shampoo; can be stopped and started again at any time
     python -m benchmarks.convergence --summary               # the tables and the plot
+    python -m benchmarks.convergence --family kfac --tasks digits-mlp shakespeare-gpt --data DIR    # another optimizer
 """
 
 import argparse
@@ -15,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -31,16 +32,27 @@ from torch.optim import AdamW, Optimizer
 import lowbit_optim
 from benchmarks import report, tasks
 from benchmarks.tasks import TASKS, MissingData
-from lowbit_optim import Quantization, Shampoo
+from lowbit_optim import CASPR, KFAC, AdaBK, Quantization, Shampoo
 from lowbit_optim.presets import WANG2024
 
 EVERY_10 = {"statistics_frequency": 10, "precondition_frequency": 10}
 ROOT = {"storage": "root", "statistics_frequency": 10, "matrix_eps": 1e-6}
 NAIVE = {"storage": "direct", "quantization": Quantization(4, "linear-2"), "layout": "square"}
 
-# The keywords of each method; another form is another line here. None is AdamW alone.
-METHODS: dict[str, dict[str, Any] | None] = {
-    "adamw": None,
+LAYERS = {"statistics_frequency": 10}
+LAYERS_32 = {"bits": 32, **EVERY_10}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An optimizer, and the keywords of each method; the first is the reference. Another form is another line."""
+
+    optimizer: Any
+    sources: tuple[str, ...]  # beside SOURCES
+    methods: dict[str, dict[str, Any]]
+
+
+SHAMPOO: dict[str, dict[str, Any]] = {
     "shampoo-32": {"bits": 32, "matrix_eps": 1e-6, **EVERY_10},
     "wang2024": {**WANG2024, **EVERY_10},
     "naive-4": {**NAIVE, "initial_scale": 1e-6, "statistic_limit": math.inf, "matrix_eps": 1e-6, **EVERY_10},
@@ -51,8 +63,28 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "logarithm-2": {"bits": 2, **ROOT, "storage": "logarithm"},
     "logarithm-1": {"bits": 1, **ROOT, "storage": "logarithm"},
 }
+CASPRS: dict[str, dict[str, Any]] = {
+    "caspr-32": {"bits": 32, "matrix_eps": 1e-6, **EVERY_10},
+    "caspr-4": {"bits": 4, **ROOT},
+    "caspr-2": {"bits": 2, **ROOT},
+}
+FAMILIES = {
+    "shampoo": Family(Shampoo, (), SHAMPOO),
+    "caspr": Family(CASPR, ("optimizers/caspr.py",), CASPRS),
+    "kfac": Family(
+        KFAC,
+        ("optimizers/kfac.py", "preconditioners/layers.py"),
+        {"kfac-32": LAYERS_32, "kfac-4": {"bits": 4, **LAYERS}, "kfac-2": {"bits": 2, **LAYERS}},
+    ),
+    "adabk": Family(
+        AdaBK,
+        ("optimizers/adabk.py", "optimizers/kfac.py", "preconditioners/layers.py"),
+        {"adabk-32": LAYERS_32, "adabk-4": {"bits": 4, **LAYERS}, "adabk-2": {"bits": 2, **LAYERS}},
+    ),
+}
+FAMILY_OF = {method: family for family in FAMILIES.values() for method in family.methods}
 COMMON: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
-BASELINE, REFERENCE, PAPER = "adamw", "shampoo-32", "wang2024"
+BASELINE, PAPER = "adamw", "wang2024"
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 GRID = slice(2, 6)  # the rates that are always tried; those beside them, where the best lies on an edge
@@ -67,7 +99,6 @@ SOURCES = (
     "blocking.py",
     "storage/*.py",
     "preconditioners/kronecker.py",
-    "preconditioners/shampoo.py",
     "optimizers/settings.py",
     "optimizers/second_order.py",
     "optimizers/shampoo.py",
@@ -91,7 +122,7 @@ class Run:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        return {**COMMON, **(METHODS[self.method] or {})}
+        return {**COMMON, **(FAMILY_OF[self.method].methods[self.method] if self.method != BASELINE else {})}
 
     def describe(self) -> dict[str, Any]:
         """What tells it from every other run, as plain JSON."""
@@ -102,9 +133,10 @@ class Run:
     def key(self) -> str:
         return key(self.describe())
 
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        optimizer = AdamW if METHODS[self.method] is None else Shampoo
-        return optimizer(parameters, lr=self.lr, **self.keywords)
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        optimizer: Any = AdamW if self.method == BASELINE else FAMILY_OF[self.method].optimizer
+        of_model = {"model": model} if issubclass(optimizer, KFAC) else {}
+        return optimizer(model.parameters(), lr=self.lr, **self.keywords, **of_model)
 
 
 def key(record: dict[str, Any]) -> str:
@@ -116,16 +148,17 @@ def key(record: dict[str, Any]) -> str:
 def code_hash(method: str) -> str:
     """Of the source that decides a method's figures."""
     files = [Path(tasks.__file__)]
-    if METHODS[method] is not None:
+    if method != BASELINE:
         package = Path(lowbit_optim.__file__).parent
-        files += [file for source in SOURCES for file in package.glob(source)]
+        sources = (*SOURCES, *FAMILY_OF[method].sources)
+        files += [file for source in sources for file in package.glob(source)]
         files += Path(lowbit_optim.kernels.__file__).parent.glob("*.py")
     return report.source_hash(files)
 
 
 def is_stale(record: dict[str, Any]) -> bool:
     """Whether the code has changed since."""
-    return record["method"] in METHODS and record["code"] != code_hash(record["method"])
+    return record["method"] in {BASELINE, *FAMILY_OF} and record["code"] != code_hash(record["method"])
 
 
 def loss(record: dict[str, Any]) -> float:
@@ -141,6 +174,7 @@ class Plan:
     """Which runs are wanted, in the order in which they are most useful, given what is known."""
 
     tasks: list[str]
+    family: Family
     methods: list[str]
     seeds: int | None = None
     steps: int | None = None
@@ -175,8 +209,17 @@ class Plan:
     def seeds_of(self, task: str) -> range:
         return range(FIRST_SEED, FIRST_SEED + (self.seeds or SEEDS[task]))
 
+    @property
+    def reference(self) -> str:
+        """The 32-bit method of the family."""
+        return next(iter(self.family.methods))
+
+    def tuned_with(self, method: str) -> str:
+        """The method whose best rate it takes."""
+        return BASELINE if method == BASELINE else self.reference
+
     def rate(self, known: Records, task: str, method: str) -> float | None:
-        return self.tuning(known, task, tuned_with(method))[1]
+        return self.tuning(known, task, self.tuned_with(method))[1]
 
     def result(self, known: Records, task: str, method: str) -> "Result":
         """What is there of a method at its rate."""
@@ -187,18 +230,13 @@ class Plan:
 
     def runs(self, known: Records) -> list[Run]:
         """Rates first, then seed by seed over all methods."""
-        tuned = sorted({tuned_with(method) for method in self.methods})
+        tuned = sorted({self.tuned_with(method) for method in self.methods})
         wanted = [run for task in self.tasks for method in tuned for run in self.tuning(known, task, method)[0]]
         for seed in range(FIRST_SEED, max(self.seeds_of(task).stop for task in self.tasks)):
             for task in self.tasks:
                 if seed in self.seeds_of(task):
                     wanted += [self.run(task, m, self.rate(known, task, m), seed) for m in self.methods]
         return list(dict.fromkeys(wanted))
-
-
-def tuned_with(method: str) -> str:
-    """The method whose best rate it takes."""
-    return BASELINE if method == BASELINE else REFERENCE
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -223,7 +261,7 @@ def execute(plan: Plan, known: Records, path: Path, folder: Path, jobs: int, unt
     os.environ["OMP_NUM_THREADS"] = "1"  # two threads that share a busy core are far slower than one
     context = get_context("spawn")
     queue = context.SimpleQueue()
-    code = {method: code_hash(method) for method in METHODS}  # as it is now that the workers load it
+    code = {method: code_hash(method) for method in plan.methods}  # as it is now that the workers load it
     busy: dict[Future[dict[str, Any]], Run] = {}
     failed: set[str] = set()
 
@@ -297,9 +335,11 @@ class Result:
         return fmean(self.losses.values()) if self.losses else math.inf
 
     @property
-    def family(self) -> int:
+    def color(self) -> int:
         """For the plot: the baseline, the reference, others' forms, ours."""
-        return {BASELINE: 0, REFERENCE: 1}.get(self.method, 3 if self.method.startswith(("root", "logarithm")) else 2)
+        if self.method.endswith("-32"):
+            return 1
+        return {BASELINE: 0, PAPER: 2, "naive-4": 2}.get(self.method, 3)
 
     @property
     def label(self) -> str:
@@ -331,12 +371,12 @@ class Result:
             "factor bytes": f"{self.records[0]['preconditioner_bytes']:,}",
         }
 
-    def verdict(self, baseline: "Result", reference: "Result", paper: "Result") -> dict[str, bool]:
+    def verdict(self, baseline: "Result", reference: "Result", paper: "Result | None") -> dict[str, bool]:
         """Each condition on a form, in words, and whether it holds; none does where a run is missing or diverged."""
         bound, quarter = sum(self.minus(reference)), baseline.minus(reference)[0] / 4
         sound = self.sound and reference.sound and baseline.sound
         verdict = {f"upper bound {bound:+.4f} <= {quarter:.4f}": sound and bound <= quarter}
-        if paper.losses and self.method != PAPER:
+        if paper is not None and paper.losses and self.method != PAPER:
             more, error = self.minus(paper)
             verdict[f"minus {PAPER} {more:+.4f} ± {error:.4f}, its mean <= 0"] = (
                 self.sound and paper.sound and more <= 0
@@ -354,11 +394,11 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
     holds: dict[str, dict[str, list[bool]]] = {}  # method -> task -> whether each condition holds
     for task in plan.tasks:
         print(f"\n{TASKS[task].title}: loss with seed {TUNING_SEED} at each rate tried")
-        for method in (BASELINE, REFERENCE):
+        for method in (BASELINE, plan.reference):
             runs = [run for run in plan.tuning(known, task, method)[0] if run.key in known]
             print(f"  {method}: " + (", ".join(f"{run.lr:g} -> {loss(known[run.key]):.4f}" for run in runs) or "none"))
-        results = {method: plan.result(known, task, method) for method in METHODS}
-        baseline, reference, paper = results[BASELINE], results[REFERENCE], results[PAPER]
+        results = {method: plan.result(known, task, method) for method in (BASELINE, *plan.family.methods)}
+        baseline, reference, paper = results[BASELINE], results[plan.reference], results.get(PAPER)
         if not (baseline.losses and reference.losses):
             print("  nothing to compare without runs of both at their best rates")
             continue
@@ -366,23 +406,26 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
         note = "bits: all that factors keep, per element of their squares; ±: half a 95 % interval, paired by seed"
         report.show(TASKS[task].title, [result.row(reference) for result in shown], note)
         gain, error = baseline.minus(reference)
-        print(f"gain of {REFERENCE} over tuned {BASELINE}: {gain:+.4f} ± {error:.4f}; a quarter of it: {gain / 4:+.4f}")
+        what = f"gain of {plan.reference} over tuned {BASELINE}"
+        print(f"{what}: {gain:+.4f} ± {error:.4f}; a quarter of it: {gain / 4:+.4f}")
         if gain <= error:
             print("  that is not shown to be a gain: this task tells forms apart by nothing")
         if not all(result.sound for result in results.values()):
             print("  runs are missing or diverged: where they are, no condition holds")
         for result in shown:
-            if result.method not in (BASELINE, REFERENCE):
+            if result.method not in (BASELINE, plan.reference):
                 verdict = result.verdict(baseline, reference, paper)
                 holds.setdefault(result.method, {})[task] = list(verdict.values())
                 print(f"  {result.method}: " + "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in verdict.items()))
         band = (reference.mean, reference.mean + gain / 4) if gain > 0 else None
-        panels.append(Panel(TASKS[task].title, [Dots(r.label, list(r.losses.values()), r.family) for r in shown], band))
+        panels.append(Panel(TASKS[task].title, [Dots(r.label, list(r.losses.values()), r.color) for r in shown], band))
 
-    print(f"\nTasks, of {len(panels)}, on which the upper bound / the mean against {PAPER} is not shown to pass:")
+    against = f" / the mean against {PAPER}" if PAPER in plan.family.methods else ""
+    print(f"\nTasks, of {len(panels)}, on which the upper bound{against} is not shown to pass:")
     for method, by_task in holds.items():
         fails = [[task for task, held in by_task.items() if held[i : i + 1] != [True]] for i in range(2)]
-        print(f"  {method}: " + " / ".join(", ".join(names) or "none" for names in fails[: 1 + (method != PAPER)]))
+        conditions = max(map(len, by_task.values()))
+        print(f"  {method}: " + " / ".join(", ".join(names) or "none" for names in fails[:conditions]))
     print(f"{sum(run.key not in known for run in plan.runs(known))} runs are missing.")
     if panels:
         note = "Dots: runs. Bars: mean and standard deviation. Band: what is within a quarter of 32-bit Shampoo's gain."
@@ -397,7 +440,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--family", choices=FAMILIES, default="shampoo", help="whose forms (default shampoo)")
+    add("--methods", nargs="+", metavar="METHOD", help=f"of {BASELINE}, {', '.join(FAMILY_OF)} (default the family's)")
     add("--seeds", type=int, help=f"how many (default {SEEDS})")
     add("--steps", type=int, help="of every run, to try something out (default: the task's)")
     add("--jobs", type=int, default=1, help="processes, of one thread each (default 1)")
@@ -408,10 +452,15 @@ def main() -> int:
     add("--data", type=Path, default=tasks.default_folder(), help=f"folder (default ${tasks.DATA_VARIABLE} or ./data)")
     add("--results", type=Path, default=report.RESULTS / "convergence.jsonl", help="file of the records")
     args = parser.parse_args()
-    plan = Plan(args.tasks, args.methods, args.seeds, args.steps)
+    family = FAMILIES[args.family]
+    methods = args.methods or [BASELINE, *family.methods]
+    if unknown := set(methods) - {BASELINE, *family.methods}:
+        parser.error(f"{', '.join(sorted(unknown))}: {args.family} has {BASELINE}, {', '.join(family.methods)}")
+    plan = Plan(args.tasks, family, methods, args.seeds, args.steps)
     known = {key(record): record for record in report.read_lines(args.results)}  # the last of each key
     if args.summary:
-        summarize(plan, known, args.results.with_suffix(".png"))
+        suffix = "" if args.family == "shampoo" else f"-{args.family}"
+        summarize(plan, known, args.results.with_name(f"{args.results.stem}{suffix}.png"))
         return 0
 
     if stale := [run for run in plan.runs(known) if run.key in known and is_stale(known[run.key])]:

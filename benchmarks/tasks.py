@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -246,7 +246,7 @@ def validate(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
 
 def train(
     task: Task,
-    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    make_optimizer: Callable[[nn.Module], Optimizer],
     *,
     seed: int,
     steps: int,
@@ -257,7 +257,7 @@ def train(
 
     Args:
         task: what to train.
-        make_optimizer: takes the model's parameters.
+        make_optimizer: takes the model.
         seed: of initial weights and order of the data.
         steps: how many.
         folder: of the data sets.
@@ -272,7 +272,7 @@ def train(
     chosen = batches(len(inputs), task.batch, steps, seed)
     torch.manual_seed(seed)
     model = task.model()
-    optimizer = make_optimizer(model.parameters())
+    optimizer = make_optimizer(model)
     scheduler = LambdaLR(optimizer, partial(schedule, steps))
     losses: list[float] = []
     diverged_at = None
