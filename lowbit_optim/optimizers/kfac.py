@@ -34,8 +34,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
     Its layers are those of the model that it was attached to last; a copy or a pickle of it is attached to none.
     """
 
-    decay_keyword: ClassVar[str] = "factor_decay"
-    eps_keyword: ClassVar[str] = "damping"
+    form_keywords: ClassVar[dict[str, str]] = {"decay": "factor_decay", "eps": "damping"}
     default_precondition_frequency: ClassVar[int] = 2000
 
     def __init__(self, sharing: str) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger("lowbit_optim")
 _BASE = "base."
 
 # What a checkpoint must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
-_STORED = ("base", "bits", "storage", "quantization", "layout", "root_power")
+_STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis")
 # Of the base's state, what has the parameter's shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
@@ -149,12 +149,13 @@ class SecondOrder(Optimizer):
         if sizes != saved_sizes:
             raise ValueError(f"the state dict has param groups of sizes {saved_sizes}; the optimizer's are {sizes}")
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            if missing := [key for key in _STORED if key not in saved]:
+            stored = [key for key in _STORED if key in group]
+            if missing := [key for key in stored if key not in saved]:
                 lacks = ", ".join(missing)
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
             saved = {**{key: self.defaults[key] for key in self._settings}, **saved}
             check_group(saved, self.preconditioner)
-            for key in _STORED:
+            for key in stored:
                 if plain(saved[key]) != plain(group[key]):
                     raise ValueError(f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}")
             for parameter, index in zip(group["params"], saved["params"], strict=True):

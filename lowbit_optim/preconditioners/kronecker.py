@@ -25,6 +25,22 @@ from lowbit_optim.storage.factors import Factor, State
 
 SIDES = ("left", "right")
 
+# Settings of a factor, and the keywords of param groups that they are.
+_FORM_SETTINGS = {
+    "storage": "storage",
+    "bits": "bits",
+    "layout": "layout",
+    "power": "root_power",
+    "decay": "shampoo_beta",
+    "eps": "matrix_eps",
+    "ridge": "damping_rule",
+    "initial_scale": "initial_scale",
+    "statistic_limit": "statistic_limit",
+    "rectify_update": "rectify_update",
+    "rectify_root": "rectify_root",
+    "orthogonal_iterations": "orthogonal_iterations",
+}
+
 Group = dict[str, Any]
 Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -158,9 +174,8 @@ class KroneckerPreconditioner(ABC):
     * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks.
     """
 
-    # What its optimizer calls these settings of a factor.
-    decay_keyword: ClassVar[str] = "shampoo_beta"
-    eps_keyword: ClassVar[str] = "matrix_eps"
+    # What its optimizer calls settings of a factor, where that is not as in Shampoo.
+    form_keywords: ClassVar[dict[str, str]] = {}
     default_precondition_frequency: ClassVar[int] = 500
 
     @abstractmethod
@@ -195,18 +210,7 @@ class KroneckerPreconditioner(ABC):
             order,
             group["min_quant_size"],
             tuple(group["quantization"]) if group["quantization"] else None,
-            storage=group["storage"],
-            bits=group["bits"],
-            layout=group["layout"],
-            power=group["root_power"],
-            decay=group[self.decay_keyword],
-            eps=group[self.eps_keyword],
-            initial_scale=group.get("initial_scale", 0.0),
-            statistic_limit=group["statistic_limit"],
-            rectify_update=group["rectify_update"],
-            rectify_root=group["rectify_root"],
-            orthogonal_iterations=group["orthogonal_iterations"],
-            **({"ridge": group["damping_rule"]} if "damping_rule" in group else {}),
+            **{name: group[key] for name, key in {**_FORM_SETTINGS, **self.form_keywords}.items() if key in group},
         )
 
     def forms(self, group: Group, cut: Blocking) -> Forms:
