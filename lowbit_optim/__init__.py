@@ -8,12 +8,14 @@ from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.caspr import CASPR
 from lowbit_optim.optimizers.kfac import KFAC
 from lowbit_optim.optimizers.shampoo import Shampoo
+from lowbit_optim.optimizers.soap import SOAP
 from lowbit_optim.storage import Quantization
 
 __version__ = version("lowbit-optim")
 __all__ = [
     "CASPR",
     "KFAC",
+    "SOAP",
     "AdaBK",
     "CheckpointError",
     "Quantization",

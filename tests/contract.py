@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_optim import CASPR, KFAC, AdaBK, Shampoo, presets
+from lowbit_optim import CASPR, KFAC, SOAP, AdaBK, Shampoo, presets
 
 # Factors of order 16 and more are quantized, so that small models have codes in their state.
 small = {"lr": 0.01, "statistics_frequency": 2, "min_quant_size": 256}
@@ -45,6 +45,10 @@ OPTIMIZERS = {
         Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1
     ),
     "caspr": of_parameters(CASPR, **small),
+    "soap": of_parameters(SOAP, lr=0.01, min_quant_size=256, precondition_frequency=2),
+    "soap-eigen": of_parameters(
+        SOAP, lr=0.01, min_quant_size=256, precondition_frequency=3, storage="cholesky", basis="eigen", amsgrad=True
+    ),
 }
 LAYERED = {
     "kfac": of_a_model(KFAC, **small),

@@ -56,6 +56,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "initial_scale": ("at least 0 and finite", _number(lambda x: 0 <= x < math.inf)),
     "statistic_limit": ("above 0", _number(lambda x: x > 0)),
     "root_power": _POSITIVE,
+    "basis": ("'reflector' or 'eigen'", lambda x: x in ("reflector", "eigen")),
+    "rectify_basis": _NATURAL,
     "rectify_update": _NATURAL,
     "rectify_root": _NATURAL,
     "orthogonal_iterations": _POSITIVE,
@@ -74,6 +76,7 @@ KEPT_AS = (
     "min_quant_size",
     "root_power",
     "damping_rule",
+    "basis",
 )
 
 

@@ -47,6 +47,21 @@ _SQUARE: dict[float, Codec] = {
 BITS = (32, *_TRIANGLE)
 
 
+def basis_vectors(basis: str, bits: float, quantization: Quantization | None, quantized: bool) -> Rows | Reflectors:
+    """How an eigenbasis is kept: "reflector" spends ``bits`` on one triangle, "eigen" on the square.
+
+    Raises:
+        ValueError: an unknown basis, or bits that "eigen" cannot have.
+    """
+    if basis not in ("reflector", "eigen"):
+        raise ValueError(f"unknown basis {basis!r}; the bases are reflector, eigen")
+    if basis == "eigen" and not quantization and bits != 32 and bits not in _SQUARE:
+        raise ValueError(f"basis 'eigen' cannot have {bits} bits: give bits=3 or more, or basis='reflector'")
+    codecs = _TRIANGLE if basis == "reflector" else _SQUARE
+    codec = (quantization or codecs[bits]) if quantized and bits != 32 else None
+    return Reflectors(codec) if basis == "reflector" and bits != 32 else Rows(codec)
+
+
 def form(
     storage: str,
     bits: float,

@@ -1,0 +1,172 @@
+"""SOAP: Adam in the eigenbases of Shampoo's factors, with factors and bases in low-bit storage."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.linalg import full_precision
+from lowbit_optim.optimizers.second_order import SecondOrder, keywords
+from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
+from lowbit_optim.preconditioners.kronecker import SIDES, Due, Forms, Group, working_dtype
+from lowbit_optim.storage import Quantization
+from lowbit_optim.storage.basis import Basis
+from lowbit_optim.storage.budget import basis_vectors
+from lowbit_optim.storage.eigen import Rows
+
+State = dict[Tensor, dict[str, Any]]
+
+
+class SOAPPreconditioner(ShampooPreconditioner):
+    """Turns gradients into the eigenbases, turns steps back, and lets the bases follow the statistics."""
+
+    def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
+        """One block: moments live in the eigenbasis, which padding would not fit."""
+        cut = super().blocking(parameter, group)
+        return cut if cut is not None and cut.count == 1 else None
+
+    def form(self, group: Group, order: int) -> Any:
+        factor = super().form(group, order)
+        quantized = order * order >= group["min_quant_size"]
+        quantization = Quantization(*group["quantization"]) if group["quantization"] else None
+        vectors = basis_vectors(group["basis"], group["bits"], quantization, quantized)
+        return Basis(order, factor, vectors, group["rectify_basis"] if isinstance(vectors, Rows) and quantized else 0)
+
+    def _due(self, step: int, group: Group, forms: Forms) -> Due:
+        """The bases turn after the base's step: see ``finish``."""
+        return Due(step % group["statistics_frequency"] == 0, False, True)
+
+    def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
+        return left.mT @ gradient @ right
+
+    @torch.no_grad()
+    def finish(self, groups: list[Group], state: State, kept: dict[Tensor, Tensor | None]) -> None:
+        """After the base's step: steps are turned back and added, and bases turn where that is due.
+
+        Args:
+            kept: of each unit what its parameter was before, with its weight decay; None after its first gradient.
+        """
+        with full_precision():
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter in kept:
+                        self._finish(parameter, group, state[parameter], kept[parameter])
+
+    def _finish(self, parameter: Tensor, group: Group, state: dict[str, Any], kept: Tensor | None) -> None:
+        cut, dtype, steps = self.blocking(parameter, group), working_dtype(parameter), int(state["step"])
+        assert cut is not None
+        forms, stack = self.forms(group, cut), Stack([state], [1])
+        old = self._bases(forms, stack, dtype)
+        if kept is not None:
+            step = old[0] @ cut.split(parameter).to(dtype) @ old[1].mT
+            parameter.copy_(kept + cut.merge(step).to(parameter.dtype))
+        if kept is not None and steps % group["precondition_frequency"]:
+            return
+        orders = [self._turn(side, form, stack, dtype, kept is None) for side, form in zip(SIDES, forms, strict=True)]
+        if kept is None:
+            return
+        left, right = (n.mT @ o for n, o in zip(self._bases(forms, stack, dtype), old, strict=True))
+        mean = state["base.exp_avg"]
+        mean.copy_(cut.merge(left @ cut.split(mean).to(dtype) @ right.mT))
+        for name in ("base.exp_avg_sq", "base.max_exp_avg_sq"):
+            if name in state:
+                squares = cut.split(state[name])[:, orders[0]][:, :, orders[1]]
+                state[name].copy_(cut.merge(squares))
+
+    def _bases(self, forms: Forms, stack: Stack, dtype: torch.dtype) -> list[Tensor]:
+        return [form.root(stack.read(side, 0, 1), dtype) for side, form in zip(SIDES, forms, strict=True)]
+
+    def _turn(self, side: str, form: Any, stack: Stack, dtype: torch.dtype, first: bool) -> Tensor:
+        state, order, failed = form.turn(stack.read(side, 0, 1), dtype, first)
+        stack.write(side, 0, 1, state | {"failures": state["failures"] + failed.to(torch.int32)})
+        return order[0]
+
+
+class SOAP(SecondOrder):
+    r"""SOAP (Vyas et al. 2024) with low-bit factors and bases.
+
+    With :math:`Q_L, Q_R` the eigenvectors of Shampoo's L and R, a matrix W of gradient G takes the step of AdamW in
+    their coordinates:
+
+    .. math::
+
+        G' = Q_L^T G Q_R, \quad W \leftarrow (1 - \eta \lambda) W - \eta \, Q_L \frac{M'}{\sqrt{V'} + \epsilon} Q_R^T
+
+    with M' and V' the bias-corrected moments of G'. When the bases turn, every ``precondition_frequency`` steps by one
+    step of orthogonal iteration, M' is turned with them, and V' follows the order of their columns. The first gradient
+    of a parameter makes its bases and no step. Parameters of rank 0 or 1, or with a side above
+    ``max_preconditioner_dim``, get AdamW alone.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate. Default 3e-3.
+        betas, eps, weight_decay: of AdamW. Default (0.95, 0.95), 1e-8, 0.01.
+        bits: of each stored n x n matrix, factors and bases alike. Default 4.
+        storage: how factors are kept, as for :class:`Shampoo`. Default "root".
+        basis: how bases are kept: "reflector" (Householder reflectors, exactly orthogonal) or "eigen" (the
+            eigenvectors, rectified; 3 bits and more). Default "reflector".
+        quantization, layout, precondition, min_quant_size, workspace: as for :class:`Shampoo`.
+        max_preconditioner_dim: matrices with a longer side get AdamW alone. Default 10000.
+        statistics_frequency: steps between statistics updates. Default 1.
+        precondition_frequency: steps between turns of the bases. Default 10.
+        shampoo_beta: decay of the statistics. Default 0.95.
+        statistic_limit: as for :class:`Shampoo`. Default none.
+        rectify_basis: Björck iterations when a basis "eigen" is read. Default 4.
+        **base_kwargs: other options of ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: a setting outside its range, or two that exclude each other.
+        TypeError: a keyword that neither SOAP nor AdamW knows.
+    """
+
+    preconditioner: SOAPPreconditioner
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 3e-3,
+        *,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bits: float = 4,
+        storage: str = "root",
+        basis: str = "reflector",
+        quantization: Quantization | None = None,
+        layout: str = "triangle",
+        precondition: bool = True,
+        max_preconditioner_dim: int = 10000,
+        min_quant_size: int = 4096,
+        statistics_frequency: int = 1,
+        precondition_frequency: int = 10,
+        shampoo_beta: float = 0.95,
+        statistic_limit: float = math.inf,
+        rectify_basis: int = 4,
+        workspace: int = 256 * 2**20,
+        **base_kwargs: Any,
+    ) -> None:
+        settings = keywords(locals(), "betas", "eps", "weight_decay") | {"graft": False}
+        base = {"betas": betas, "eps": eps, "weight_decay": weight_decay, **base_kwargs}
+        super().__init__(params, SOAPPreconditioner(), settings, "adamw", base)
+
+    def _step_base(self) -> None:
+        """AdamW's step from zero, in the coordinates that its gradients have been turned into."""
+        kept: dict[Tensor, Tensor | None] = {}
+        first = {}
+        for parameter, group in self._parameters():
+            if parameter.grad is None or self.preconditioner.blocking(parameter, group) is None:
+                continue
+            if int(self.state[parameter]["step"]) == 1:  # a step of zero, for a state like any other afterwards
+                first[parameter] = parameter.detach().clone(), parameter.grad
+                kept[parameter], parameter.grad = None, torch.zeros_like(parameter.grad)
+            else:
+                kept[parameter] = parameter.detach() * (1 - group["lr"] * group["weight_decay"])
+            parameter.detach().zero_()
+        super()._step_base()
+        for parameter, (value, gradient) in first.items():
+            parameter.detach().copy_(value)
+            parameter.grad = gradient
+            self.state[parameter]["base.step"].zero_()
+        self.preconditioner.finish(self.param_groups, self.state, kept)
