@@ -104,9 +104,9 @@ class Study(Root):
     def write(self, x: Tensor, state: State) -> State:
         raise NotImplementedError
 
-    def _update(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
+    def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         exact = Root(codec=Symmetric(), eps=self.eps)
-        changed, ok = exact._update(state | put("root", exact.codec.encode(self.read(state))), m, magnitude)
+        changed, ok = exact._update(state | put("root", exact.codec.encode(self.read(state))), m, magnitude, damping)
         return changed | self.write(exact.codec.decode(take("root", changed)), state), ok
 
 
