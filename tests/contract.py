@@ -128,6 +128,18 @@ def run(make, steps=6, model=None):
     return model, optimizer
 
 
+def follow(make, start, grads, dtype=torch.float64):
+    """The only parameter of ``make([parameter])`` after each step, float64 numpy."""
+    parameter = nn.Parameter(torch.tensor(start).to(dtype))
+    optimizer = make([parameter])
+    history = []
+    for grad in grads:
+        parameter.grad = torch.tensor(grad).to(dtype)
+        optimizer.step()
+        history.append(parameter.detach().double().numpy().copy())
+    return history
+
+
 def same(one, other):
     """The same types, keys, shapes, dtypes and bits, all the way down."""
     if isinstance(one, torch.Tensor):

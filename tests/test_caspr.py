@@ -1,12 +1,14 @@
 """CASPR against its equation in float64."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lowbit_optim import CASPR, Shampoo, presets
-from tests import oracles
+from tests import contract, oracles
 from tests.contract import random, same
 
 
@@ -33,14 +35,8 @@ def caspr(start, grads, lr, T1, T2, momentum=0.0, beta=0.95, eps=1e-6):
 
 
 def follow(optimizer, start, grads, dtype=torch.float64, **settings):
-    parameter = nn.Parameter(torch.tensor(start).to(dtype))
-    made = optimizer([parameter], **{"lr": 0.1, "base": "sgd", **settings, "statistics_frequency": 2})
-    history = []
-    for grad in grads:
-        parameter.grad = torch.tensor(grad).to(dtype)
-        made.step()
-        history.append(parameter.detach().double().numpy().copy())
-    return history
+    settings = {"lr": 0.1, "base": "sgd", **settings, "statistics_frequency": 2}
+    return contract.follow(partial(optimizer, **settings), start, grads, dtype)
 
 
 def deviation(history, expected):

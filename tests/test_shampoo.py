@@ -1,5 +1,7 @@
 """Trajectories of Shampoo against float64 oracles, and what must not change them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from lowbit_optim import Quantization, Shampoo, presets
 from lowbit_optim.demo.worker import GPT
-from tests import oracles
+from tests import contract, oracles
 from tests.contract import random, same
 
 WANG = {**presets.WANG2024, "statistics_frequency": 2, "precondition_frequency": 4}
@@ -30,14 +32,7 @@ def gradients(shape, steps, seed=0, scale=1.0):
 
 def follow(start, grads, dtype=torch.float64, **settings):
     """The parameter after each step, float64 numpy."""
-    parameter = nn.Parameter(torch.tensor(start).to(dtype))
-    optimizer = Shampoo([parameter], **{"statistics_frequency": 2, **settings})
-    history = []
-    for grad in grads:
-        parameter.grad = torch.tensor(grad).to(dtype)
-        optimizer.step()
-        history.append(parameter.detach().double().numpy().copy())
-    return history
+    return contract.follow(partial(Shampoo, **{"statistics_frequency": 2, **settings}), start, grads, dtype)
 
 
 def deviation(history, expected, start):

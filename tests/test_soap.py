@@ -1,11 +1,14 @@
 """SOAP against its algorithm in float64, and the bytes of its state."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lowbit_optim import SOAP
+from tests import contract
 from tests.contract import random
 
 
@@ -52,14 +55,8 @@ def gradients(steps, shape=SHAPE):
 
 
 def follow(grads, dtype=torch.float64, **settings):
-    parameter = nn.Parameter(torch.ones(grads[0].shape, dtype=dtype))
-    optimizer = SOAP([parameter], **{**ADAM, "precondition_frequency": 4, **settings})
-    history = []
-    for grad in grads:
-        parameter.grad = torch.tensor(grad).to(dtype)
-        optimizer.step()
-        history.append(parameter.detach().double().numpy().copy())
-    return history
+    settings = {**ADAM, "precondition_frequency": 4, **settings}
+    return contract.follow(partial(SOAP, **settings), np.ones(grads[0].shape), grads, dtype)
 
 
 def deviation(history, expected, skip=0):
