@@ -1,9 +1,9 @@
-"""Householder reflectors and Cholesky factors of a batch, against explicit products in float64."""
+"""Householder reflectors, Cholesky factors and exponentials of a batch, against explicit products in float64."""
 
 import pytest
 import torch
 
-from lowbit_optim.linalg import cholesky, householder, reflect
+from lowbit_optim.linalg import cholesky, exponential, householder, reflect
 
 
 def random(*shape):
@@ -53,3 +53,19 @@ def test_cholesky_of_zero_of_the_indefinite_and_of_what_is_not_finite():
     assert ok.tolist() == [True, True, False, False]
     assert torch.equal(c[0], 0 * eye)
     torch.testing.assert_close(c[1] @ c[1].T, slightly, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("reach", [0.3, 3.45, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponential_is_that_of_the_eigenvalues(reach, dtype):
+    """To 1e-4 of each eigenvalue, around any mean; float32 adds its rounding, which is relative to the largest."""
+    u = torch.linalg.qr(random(2, 40, 40)).Q
+    values = reach * torch.linspace(-1, 1, 40, dtype=torch.float64) + torch.tensor(
+        [[-20.0], [5.0]], dtype=torch.float64
+    )
+    x = (u * values.unsqueeze(-2)) @ u.mT
+    got = u.mT @ exponential(x.to(dtype), reach).double() @ u
+    limit = 1e-4 * values.exp() + torch.finfo(dtype).eps * 100 * values.amax(-1, keepdim=True).exp()
+    error = got - torch.diag_embed(values.exp())
+    assert (error.diagonal(dim1=-2, dim2=-1).abs() < limit).all()
+    assert (torch.linalg.matrix_norm(error, 2) < limit.amax(-1)).all()
