@@ -49,12 +49,12 @@ def work(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     return tasks.train(TASKS[run["task"]], partial(make, keywords), seed=run["seed"], steps=run["steps"], folder=folder)
 
 
-def wanted(names: list[str], forms: list[str], decays: list[float]) -> list[dict[str, Any]]:
+def wanted(names: list[str], forms: list[str], decays: list[float], seeds: int) -> list[dict[str, Any]]:
     """The runs, seed by seed."""
     known = {key(record): record for record in report.read_lines(report.RESULTS / "convergence.jsonl")}
     plan = Plan(names, FAMILIES["shampoo"], ["shampoo-32"])
     runs: list[dict[str, Any]] = []
-    for seed, task in product(range(max(SEEDS.values())), names):
+    for seed, task in product(range(seeds), names):
         rate = plan.rate(known, task, "shampoo-32")
         if rate is None:
             raise SystemExit(f"{task}: the rate of shampoo-32 is not tuned yet: run benchmarks.convergence first")
@@ -89,13 +89,14 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--decays", nargs="+", type=float, choices=DECAYS, default=list(DECAYS))
+    parser.add_argument("--seeds", type=int, default=max(SEEDS.values()), help="at most so many (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--summary", action="store_true", help="only print what is there")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     records = report.read_lines(KEPT)
     done = {key(record) for record in records}
-    runs = [] if args.summary else wanted(args.tasks, args.forms, args.decays)
+    runs = [] if args.summary else wanted(args.tasks, args.forms, args.decays, args.seeds)
     with ProcessPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(work, run, args.data): run for run in runs if key(run) not in done}
         for future in track(as_completed(futures), "runs", total=len(futures), disable=not futures):
