@@ -34,6 +34,7 @@ def _boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+_fraction = _number(lambda x: 0 <= x < 1)
 _POSITIVE = ("a positive integer", _integer(1))
 _NATURAL = ("an integer of at least 0", _integer(0))
 _SWITCH = ("True or False", _boolean)
@@ -48,8 +49,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "statistics_frequency": _POSITIVE,
     "precondition_frequency": ("None or a positive integer", lambda x: x is None or _integer(1)(x)),
     "start_preconditioning_step": _POSITIVE,
-    "shampoo_beta": ("in [0, 1)", _number(lambda x: 0 <= x < 1)),
-    "factor_decay": ("in [0, 1)", _number(lambda x: 0 <= x < 1)),
+    "shampoo_beta": ("None or in [0, 1)", lambda x: x is None or _fraction(x)),
+    "factor_decay": ("in [0, 1)", _fraction),
     "matrix_eps": ("in (0, 1)", _number(lambda x: 0 < x < 1)),
     "damping": ("above 0 and finite", _number(lambda x: 0 < x < math.inf)),
     "damping_rule": ("'relative' or 'absolute'", lambda x: x in ("relative", "absolute")),

@@ -46,6 +46,9 @@ _SQUARE: dict[float, Codec] = {
 }
 BITS = (32, *_TRIANGLE)
 
+# The average is rounded again at each update, and has to forget that, too: the fewer bits, the sooner. Of large factors.
+_DECAY: dict[float, float] = {2: 0.9, 1.5: 0.9, 1: 0.8}
+
 
 def basis_vectors(basis: str, bits: float, quantization: Quantization | None, quantized: bool) -> Rows | Reflectors:
     """How an eigenbasis is kept: "reflector" spends ``bits`` on one triangle, "eigen" on the square.
@@ -69,6 +72,7 @@ def form(
     layout: str,
     quantized: bool,
     *,
+    decay: float | None = 0.95,
     rectify_update: int = 1,
     rectify_root: int = 4,
     orthogonal_iterations: int = 1,
@@ -82,6 +86,7 @@ def form(
         quantization: how codes are made, in the place of what ``bits`` says (unless that is 32).
         layout: "triangle" or "square": what is kept of symmetric matrices.
         quantized: False keeps the form but no codes: numbers stay in at least float32, as small factors do.
+        decay: of ``Factor``; None is what suits the bits, and 0.95 without codes or with given ones.
         rectify_update, rectify_root, orthogonal_iterations: of ``Eigen``.
         **shared: the keywords of ``Factor``.
 
@@ -102,6 +107,9 @@ def form(
         raise ValueError(
             f"storage {storage!r} keeps triangles only: leave layout='square' out, or take storage='eigen'"
         )
+    if decay is None:
+        decay = _DECAY.get(bits, 0.95) if quantized and not quantization else 0.95
+    shared["decay"] = decay
     codecs = _SQUARE if layout == "square" else _TRIANGLE
     if not quantization and bits != 32 and bits not in codecs:
         raise ValueError(
