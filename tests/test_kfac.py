@@ -694,6 +694,18 @@ def test_an_empty_layer_is_left_alone():
     assert optimizer.report()["0.weight"] == "its weight is empty"
 
 
+@pytest.mark.parametrize("made", [KFAC, AdaBK])
+@pytest.mark.parametrize("key", ["model", "sharing", "grad_scale"])
+def test_settings_of_the_whole_optimizer_in_a_group(made, key):
+    model = mlp()
+    with pytest.raises(ValueError, match=rf"'{key}'.*whole optimizer.*{made.__name__}\("):
+        made([{"params": model.parameters(), key: "reduce"}], model=model)
+    optimizer = made(model[0].parameters(), model=model)
+    with pytest.raises(ValueError, match=f"'{key}'"):
+        optimizer.add_param_group({"params": model[2].parameters(), key: "reduce"})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_closed_optimizer_can_still_be_saved():
     model, optimizer = fresh()
     loss(model, X).backward()

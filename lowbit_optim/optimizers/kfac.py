@@ -268,6 +268,11 @@ class KFAC(SecondOrder):
         self.preconditioner.close()
 
     def add_param_group(self, param_group: Group) -> None:
+        if alien := {"model", "sharing", "grad_scale"} & param_group.keys():
+            raise ValueError(
+                f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
+                f"optimizer: give it to {type(self).__name__}(...) itself"
+            )
         model = self._model()
         if model is not None:
             given = param_group["params"]
