@@ -281,10 +281,10 @@ class KFAC(SecondOrder):
         super().add_param_group(param_group)
         self._prepare()
 
-    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
         if not self.preconditioner.layers:
             raise ValueError(f"{_UNHOOKED} before loading a state dict")
-        super().check_state_dict(state_dict)
+        super()._check_groups(state_dict)
 
     def _check_step(self) -> None:
         if not self.preconditioner.handles:
