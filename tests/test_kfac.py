@@ -540,8 +540,8 @@ def test_the_report():
     optimizer = KFAC([p for p in model.parameters() if p not in left_out], model=model)
     report = optimizer.report()
     assert report.keys() == {name for name, _ in model.named_parameters()} | {"tied.weight"}
-    assert report["head.weight"] == "KFAC: 3 x 9, root, 2 bits"
-    assert report["conv.weight"] == "KFAC: 4 blocks of 2 x 7, root, 2 bits"
+    assert report["head.weight"] == "KFAC: 3 x 9, root, uncoded"
+    assert report["conv.weight"] == "KFAC: 4 blocks of 2 x 7, root, uncoded"
     assert report["head.bias"] == "a column of the weight"
     assert "tied" in report["embed.weight"]
     assert "too large" in report["vocabulary.weight"]

@@ -1,7 +1,7 @@
 """A second-order optimizer is a preconditioner in front of a first-order optimizer, both over the same param groups."""
 
+import copy
 import difflib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -32,17 +32,9 @@ from lowbit_optim.optimizers.state import (
     to_device,
     where,
 )
+from lowbit_optim.optimizers.stats import parameter_stats, to_host, treatment
+from lowbit_optim.optimizers.watch import Watch
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
-
-logger = logging.getLogger("lowbit_optim")
-
-_TROUBLES = (
-    "%d gradient blocks were not finite and were replaced by zeros; state[p]['nonfinite'] counts them. "
-    "This is said once.",
-    "%d updates of factors failed, for a statistic or a decomposition that is not finite, and the last good ones were "
-    "kept; state[p]['left.failures'] and "
-    "'right.failures' count them. This is said once.",
-)
 
 
 class SecondOrder(Optimizer):
@@ -69,8 +61,7 @@ class SecondOrder(Optimizer):
         self.base: Optimizer | None = None
         self.preconditioner = preconditioner
         self._settings = tuple(key for key in settings if key != "lr")
-        self._warned = [False for _ in _TROUBLES]
-        self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._watch = Watch()
         super().__init__(params, {**settings, "base": base_name(base_type), **base_kwargs})
         # The base fills in its own defaults in the very same group dicts.
         self.base = base_type(self.param_groups, **{"lr": settings["lr"], **base_kwargs})
@@ -147,6 +138,42 @@ class SecondOrder(Optimizer):
                 forms = self.preconditioner.forms(group, cut)
                 codecs[index] = {"left": forms.left.describe(), "right": forms.right.describe()}
         return codecs
+
+    @torch.no_grad()
+    def stats(self) -> dict[str | int, dict[str, Any]]:
+        """What has become of each parameter, for a log: plain strings and numbers, in one copy to the host.
+
+        Returns:
+            For each parameter, by its name if the groups have names (``model.named_parameters()``), else by its index
+            in ``state_dict()``:
+
+            * "treatment": as "Shampoo: 8 blocks of 128 x 128, root, 2 bits", or "base". A factor below
+              ``min_quant_size`` is "uncoded".
+            * "steps": with a gradient. "nonfinite": gradient blocks that were replaced by zeros.
+            * "left.updates", "right.updates": statistics in the factor, of the block with the fewest.
+            * "left.failures", "right.failures": updates and refreshes that failed, over all blocks.
+            * "left.rounding_error", "right.rounding_error": how far rounding has put the root (of storage "logarithm":
+              the logarithm) off when it was written last, estimated from codes and scales: relative, by Frobenius
+              norms, of the worst block. Earlier roundings are in the average and do not count. None without a factor,
+              and of SOAP.
+            * "bytes": of the preconditioner's state; the base's comes on top.
+        """
+        self._prepare()
+        treated = self._treatments()
+        found: dict[str | int, dict[str, Any]] = {}
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        for index, (parameter, group) in enumerate(self._parameters()):
+            cut = self.preconditioner.blocking(parameter, group)
+            forms = None if cut is None else self.preconditioner.forms(group, cut)
+            numbers = parameter_stats(self.state.get(parameter, {}), forms)
+            found[names[index] if names else index] = {"treatment": treated[parameter], **numbers}
+        to_host(list(found.values()))
+        return found
+
+    def _treatments(self) -> dict[Tensor, str]:
+        """In words how each parameter is treated."""
+        name, cut = type(self).__name__, self.preconditioner.blocking
+        return {p: treatment(name, cut(p, group), group) for p, group in self._parameters()}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
@@ -292,8 +319,7 @@ class SecondOrder(Optimizer):
             "base": (type(self.base), self._base_attributes()),
             "preconditioner": self.preconditioner,
             "_settings": self._settings,
-            "_warned": list(self._warned),
-            "_pending": [],
+            "_watch": copy.copy(self._watch),
         }
 
     def _base_attributes(self) -> dict[str, Any]:
@@ -370,25 +396,6 @@ class SecondOrder(Optimizer):
         for parameter, own in self.base.state.items():
             self.state[parameter].update(given_back(own))
         self.base.state = defaultdict(dict)
-
-    def _watch(self, troubles: Tensor | None) -> None:
-        """Warn once of each trouble. On CUDA the counts are looked at when they have arrived."""
-        if troubles is None or all(self._warned):
-            return
-        arrived = [troubles]
-        if troubles.is_cuda:
-            host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(troubles, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((host, event))
-            arrived = []
-            while self._pending and self._pending[0][1].query():
-                arrived.append(self._pending.pop(0)[0])
-        for i, message in enumerate(_TROUBLES):
-            count = sum(int(t[i]) for t in arrived)
-            if count and not self._warned[i]:
-                logger.warning(message, count)
-                self._warned[i] = True
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:
