@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_optim import KFAC, SOAP, AdaBK, Quantization, Shampoo
-from tests.contract import OPTIMIZERS, backward, copies, each_optimizer, net, random, run, same, train
+from tests.contract import OPTIMIZERS, backward, copies, each_optimizer, each_quickly, net, random, run, same, train
 
 KEYS = {"treatment", "steps", "nonfinite", "bytes"} | {
     f"{side}.{name}" for side in ("left", "right") for name in ("updates", "failures", "rounding_error")
@@ -39,6 +40,29 @@ def test_every_parameter_in_plain_numbers(make, steps):
         own = optimizer.state.get(parameter, {})
         assert stats[index]["bytes"] == sum(v.nbytes for k, v in own.items() if not k.startswith("base."))
         assert (stats[index]["left.updates"] > 0) == ("left.failures" in own)
+
+
+class Reads(TorchDispatchMode):
+    """The tensors of which a single number is asked for, which waits for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.read.append(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+@each_quickly
+def test_no_number_is_fetched_by_itself(make):
+    """But the steps, which are on the CPU."""
+    _, optimizer = run(make, 4)
+    optimizer.stats()  # tables are made once
+    with Reads() as reads:
+        optimizer.stats()
+    assert [x.data_ptr() for x in reads.read] == [own["step"].data_ptr() for own in optimizer.state.values()]
 
 
 def test_by_name():

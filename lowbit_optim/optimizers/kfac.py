@@ -203,7 +203,8 @@ class KFAC(SecondOrder):
         **base_kwargs: options of the base optimizer.
 
     Raises:
-        ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's.
+        ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's;
+            model, sharing or grad_scale in a param group.
         TypeError: no model; a keyword that neither K-FAC nor its base knows.
     """
 
@@ -311,9 +312,7 @@ class KFAC(SecondOrder):
         treated = super()._treatments()
         for layer in self.preconditioner.layers:
             weight, bias = layer.weight, layer.bias
-            if weight is None or bias is None or treated.get(weight, LEFT_TO_BASE) == LEFT_TO_BASE:
-                continue
-            if layer.joint:
+            if layer.joint and weight in treated and treated[weight] != LEFT_TO_BASE and bias is not None:
                 treated[bias] = "a column of the weight"
         return treated
 

@@ -238,13 +238,11 @@ class SecondOrder(Optimizer):
         """
         self._check_base_alone()
         self._check_groups(state_dict)
-        options = {key: value for key, value in self.defaults.items() if key not in self._ours}
-        check_base_part(state_dict, self.defaults["base"], options)
+        assert self.base is not None
+        check_base_part(state_dict, self.defaults["base"], self.base.defaults)
         self._prepare()
         # Read by an optimizer of the base's class, which knows what its older versions lacked, and how it casts.
-        assert self.base is not None
-        groups = [dict(group) for group in self.param_groups]
-        reader = rebuild(type(self.base), self._base_attributes(), groups, self.defaults)
+        reader = rebuild(*self._base_and_attributes(), [dict(group) for group in self.param_groups])
         reader.load_state_dict(state_dict)
         for index, (parameter, _) in enumerate(self._parameters()):
             check_moments(index, parameter, reader.state.get(parameter, {}))
@@ -302,7 +300,7 @@ class SecondOrder(Optimizer):
         super().__setstate__(state)
         if base is not None:  # from a pickle or a copy, where torch keeps nothing of an optimizer but these three
             kind, attributes = base
-            self.base = rebuild(kind, attributes, self.param_groups, self.defaults)
+            self.base = rebuild(kind, attributes, self.param_groups)
         for group in self.param_groups:
             for key in self._settings:  # what an older version did not know
                 group.setdefault(key, plain(self.defaults[key]))
@@ -316,15 +314,18 @@ class SecondOrder(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
-            "base": (type(self.base), self._base_attributes()),
+            "base": self._base_and_attributes(),
             "preconditioner": self.preconditioner,
             "_settings": self._settings,
             "_watch": copy.copy(self._watch),
         }
 
-    def _base_attributes(self) -> dict[str, Any]:
-        own = ("state", "param_groups", "defaults")
-        return {k: v for k, v in vars(self.base).items() if k not in own and not k.startswith("_optimizer_")}
+    def _base_and_attributes(self) -> tuple[type[Optimizer], dict[str, Any]]:
+        """What ``rebuild`` makes another base of."""
+        assert self.base is not None
+        own = ("state", "param_groups")
+        attributes = {k: v for k, v in vars(self.base).items() if k not in own and not k.startswith("_optimizer_")}
+        return type(self.base), attributes | {"defaults": dict(self.base.defaults)}
 
     def _prepare(self) -> None:
         self.preconditioner.prepare(self.param_groups, self.state)

@@ -68,13 +68,11 @@ def check_moments(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None
             raise ValueError(f"{where(index, parameter)}: its {key} in the state dict is {list(moment.shape)}")
 
 
-def rebuild(
-    kind: type[Optimizer], attributes: dict[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]
-) -> Optimizer:
+def rebuild(kind: type[Optimizer], attributes: dict[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer with the attributes of another, over these groups, without state."""
     base = kind.__new__(kind)
     vars(base).update(attributes)
-    base.__setstate__({"state": defaultdict(dict), "param_groups": groups, "defaults": defaults})
+    base.__setstate__({"state": defaultdict(dict), "param_groups": groups})
     return base
 
 
