@@ -152,10 +152,10 @@ class SecondOrder(Optimizer):
             * "steps": with a gradient. "nonfinite": gradient blocks that were replaced by zeros.
             * "left.updates", "right.updates": statistics in the factor, of the block with the fewest.
             * "left.failures", "right.failures": updates and refreshes that failed, over all blocks.
-            * "left.rounding_error", "right.rounding_error": how far rounding has put the root (of storage "logarithm":
-              the logarithm) off when it was written last, estimated from codes and scales: relative, by Frobenius
-              norms, of the worst block. Earlier roundings are in the average and do not count. None without a factor,
-              and of SOAP.
+            * "left.rounding_error", "right.rounding_error": how far rounding has put the root off, as it is kept
+              (storage "logarithm": the logarithm; "root" in K-FAC and AdaBK: A^(-1/4)), when it was written last.
+              Estimated from codes and scales; relative, by Frobenius norms, of the worst block. Earlier roundings are
+              in the average and do not count. None without a factor, and of SOAP.
             * "bytes": of the preconditioner's state; the base's comes on top.
         """
         self._prepare()
