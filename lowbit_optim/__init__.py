@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from lowbit_optim import presets
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from lowbit_optim.groups import param_groups
 from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.caspr import CASPR
 from lowbit_optim.optimizers.kfac import KFAC
@@ -21,6 +22,7 @@ __all__ = [
     "Quantization",
     "Shampoo",
     "load_checkpoint",
+    "param_groups",
     "presets",
     "save_checkpoint",
 ]

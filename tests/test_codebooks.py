@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit_optim.storage import CODEBOOKS, codebook
-from lowbit_optim.storage.codebooks import BITS
+from lowbit_optim.storage.codebooks import BITS, cell_errors
 
 EVERY = [(name, bits) for name in CODEBOOKS for bits in BITS]
 
@@ -119,6 +119,20 @@ def test_lloyd_max_levels_are_the_centroids_of_their_cells(bits):
         scale = (low + high) / 2
         low, high = (scale, high) if centroids(scale)[-1] > scale else (low, scale)
     np.testing.assert_allclose(upper * scale, centroids(scale), rtol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "bits"), EVERY)
+def test_cell_errors_are_those_of_evenly_spread_numbers(name, bits):
+    """Measured on a fine grid of [-1, 1]; a code that is never chosen, for it repeats another's value, has none."""
+    values = codebook(name, bits).numpy()
+    x = (np.arange(400_000) + 0.5) / 200_000 - 1
+    distinct = np.unique(values)
+    nearest = np.searchsorted((distinct[1:] + distinct[:-1]) / 2, x)
+    codes = np.searchsorted(values, distinct)[nearest]
+    squares = np.bincount(codes, (x - values[codes]) ** 2, 2**bits)
+    expected = np.sqrt(squares / np.bincount(codes, minlength=2**bits).clip(min=1))
+    got = cell_errors(name, bits, torch.float64, torch.device("cpu")).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0.02, atol=1e-5)
 
 
 def test_unknown_names_and_bits_are_refused_with_a_list():

@@ -117,6 +117,20 @@ def test_every_combination_is_measured():
 
 
 @each_form
+def test_estimated_rounding_error(storage, bits):
+    """Of the last rounding of what root() reads: near the root's error where nothing else is coded."""
+    factor, plain = make(storage, bits), make(storage, bits, quantized=False)
+    (m,), *_ = statistics(1)
+    states = [advance(f, f.init(1, ORDER, torch.float32, "cpu"), m) for f in (factor, plain)]
+    (error,) = factor.rounding_error(states[0]).tolist()
+    if storage == "root":
+        coded, exact = (f.root(s, torch.float64)[0].numpy() for f, s in zip((factor, plain), states, strict=True))
+        assert error == pytest.approx(distance(coded, exact), rel=0.25, abs=1e-6)
+    assert (0 < error < 0.5) == (bits != 32)
+    assert not plain.rounding_error(states[1]).any()
+
+
+@each_form
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_moved_state_goes_on(storage, bits, device):
     """Through the bytes of safetensors and onto a device: what is read, and the next update, are the same."""

@@ -540,8 +540,8 @@ def test_the_report():
     optimizer = KFAC([p for p in model.parameters() if p not in left_out], model=model)
     report = optimizer.report()
     assert report.keys() == {name for name, _ in model.named_parameters()} | {"tied.weight"}
-    assert report["head.weight"] == "KFAC: 3 x 9, root, 2 bits"
-    assert report["conv.weight"] == "KFAC: 4 blocks of 2 x 7, root, 2 bits"
+    assert report["head.weight"] == "KFAC: 3 x 9, root, uncoded"
+    assert report["conv.weight"] == "KFAC: 4 blocks of 2 x 7, root, uncoded"
     assert report["head.bias"] == "a column of the weight"
     assert "tied" in report["embed.weight"]
     assert "too large" in report["vocabulary.weight"]
@@ -692,6 +692,18 @@ def test_an_empty_layer_is_left_alone():
     model(random(8, 6)).sum().backward()
     optimizer.step()
     assert optimizer.report()["0.weight"] == "its weight is empty"
+
+
+@pytest.mark.parametrize("made", [KFAC, AdaBK])
+@pytest.mark.parametrize("key", ["model", "sharing", "grad_scale"])
+def test_settings_of_the_whole_optimizer_in_a_group(made, key):
+    model = mlp()
+    with pytest.raises(ValueError, match=rf"'{key}'.*whole optimizer.*{made.__name__}\("):
+        made([{"params": model.parameters(), key: "reduce"}], model=model)
+    optimizer = made(model[0].parameters(), model=model)
+    with pytest.raises(ValueError, match=f"'{key}'"):
+        optimizer.add_param_group({"params": model[2].parameters(), key: "reduce"})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_closed_optimizer_can_still_be_saved():

@@ -69,6 +69,23 @@ def test_bitsandbytes_as_base():
     assert same(optimizer.state_dict(), resumed.state_dict())
 
 
+def test_bitsandbytes_there_and_back():
+    """Moments of 8 bits, and their own load_state_dict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+    base, options = bitsandbytes.optim.AdamW8bit, {"min_8bit_size": 256, "weight_decay": 0.1}
+    reference, _ = run(lambda m: base(m.parameters(), lr=0.01, **options), 9)
+    model, first = run(lambda m: base(m.parameters(), lr=0.01, **options), 3)
+    second = Shampoo(model.parameters(), base=base, precondition=False, **options)
+    second.load_base_state_dict(first.state_dict())
+    train(model, second, range(3, 6))
+    third = base(model.parameters(), **options)
+    third.load_state_dict(second.base_state_dict())
+    train(model, third, range(6, 9))
+    assert same_models(model, reference)
+
+
 @pytest.mark.parametrize(
     "options", [{"fused": True}, {"foreach": True}, {"foreach": False}, {"amsgrad": True}], ids=str
 )

@@ -159,6 +159,36 @@ def test_bytes_of_a_large_parameter():
         assert 2 * state_bytes(factor.init(1, 1024, torch.float32, "meta")) / 1024**2 < limit
 
 
+CODED = [
+    (8, "linear", "absmax"),
+    (6, "linear", "absmax"),
+    (4, "nf", "fitted"),
+    (3, "nf", "fitted"),
+    (2, "nf", "fitted"),
+]
+
+
+@pytest.mark.parametrize("correlations", [False, True])
+@pytest.mark.parametrize("layout", ["triangle", "square"])
+@pytest.mark.parametrize(
+    "codec", [*(Quantization(b, c, 64, True, s) for b, c, s in CODED), FOUR, torch.bfloat16, torch.float16], ids=str
+)
+def test_the_estimated_rounding_error_is_near_the_true_one(codec, layout, correlations):
+    """Within a fifth, for the codecs of ``bits`` and the paper's."""
+    x = symmetric(96) + torch.diag_embed(torch.linspace(12, 30, 96))
+    kept = Symmetric(codec, layout, correlations)
+    parts = kept.encode(x)
+    true = (kept.decode(parts) - x).norm(dim=(1, 2)) / x.norm(dim=(1, 2))
+    torch.testing.assert_close(kept.rounding_error(parts), true, rtol=0.2, atol=0.0)
+
+
+def test_what_is_not_coded_has_no_rounding_error():
+    kept = Symmetric(None)
+    assert not kept.rounding_error(kept.encode(symmetric(65))).any()
+    coded = Symmetric(FOUR)
+    assert not coded.rounding_error(coded.encode(torch.zeros(2, 65, 65))).any()
+
+
 def test_thirty_two_bits_are_dense_and_small_factors_have_no_codes():
     for storage in STORAGES:
         assert type(make(storage, 32)) is Dense

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
+from lowbit_optim.optimizers.stats import LEFT_TO_BASE
 from lowbit_optim.preconditioners.kronecker import SIDES, Bucket, Group, KroneckerPreconditioner, Statistics
 from lowbit_optim.preconditioners.layers import Hook, Layer, layers_of
 from lowbit_optim.presets import DEFAULT_BITS
@@ -202,7 +203,8 @@ class KFAC(SecondOrder):
         **base_kwargs: options of the base optimizer.
 
     Raises:
-        ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's.
+        ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's;
+            model, sharing or grad_scale in a param group.
         TypeError: no model; a keyword that neither K-FAC nor its base knows.
     """
 
@@ -268,6 +270,11 @@ class KFAC(SecondOrder):
         self.preconditioner.close()
 
     def add_param_group(self, param_group: Group) -> None:
+        if alien := {"model", "sharing", "grad_scale"} & param_group.keys():
+            raise ValueError(
+                f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
+                f"optimizer: give it to {type(self).__name__}(...) itself"
+            )
         model = self._model()
         if model is not None:
             given = param_group["params"]
@@ -276,10 +283,10 @@ class KFAC(SecondOrder):
         super().add_param_group(param_group)
         self._prepare()
 
-    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
         if not self.preconditioner.layers:
             raise ValueError(f"{_UNHOOKED} before loading a state dict")
-        super().check_state_dict(state_dict)
+        super()._check_groups(state_dict)
 
     def _check_step(self) -> None:
         if not self.preconditioner.handles:
@@ -292,27 +299,22 @@ class KFAC(SecondOrder):
     def report(self) -> dict[str, str]:
         """How each parameter of the model is treated, by its name there."""
         self._prepare()
-        groups = dict(self._parameters())
-        treated = dict(self.preconditioner.others)
+        treated = self._treatments()
+        report = dict(self.preconditioner.others)
         for layer in self.preconditioner.layers:
             for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
                 if parameter is not None:
                     where = f"{layer.name}.{name}" if layer.name else name
-                    treated[where] = self._treatment(layer, parameter, groups)
-        return treated
+                    report[where] = treated.get(parameter, "no parameter of this optimizer")
+        return report
 
-    def _treatment(self, layer: Layer, parameter: Tensor, groups: dict[Tensor, Group]) -> str:
-        weight = layer.weight
-        if parameter not in groups:
-            return "no parameter of this optimizer"
-        if weight is None or weight not in groups or not groups[weight]["precondition"]:
-            return "its weight is not preconditioned"
-        if parameter is not weight:
-            return "a column of the weight"
-        group, cut = groups[weight], layer.blocking
-        blocks = f"{cut.count} blocks of " * (cut.count > 1)
-        kept = f"{group['storage']}, {group['bits']} bits" if group["bits"] != 32 else "32 bits"
-        return f"{type(self).__name__}: {blocks}{cut.rows} x {cut.columns}, {kept}"
+    def _treatments(self) -> dict[Tensor, str]:
+        treated = super()._treatments()
+        for layer in self.preconditioner.layers:
+            weight, bias = layer.weight, layer.bias
+            if layer.joint and weight in treated and treated[weight] != LEFT_TO_BASE and bias is not None:
+                treated[bias] = "a column of the weight"
+        return treated
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -1,10 +1,10 @@
 """A second-order optimizer is a preconditioner in front of a first-order optimizer, both over the same param groups."""
 
+import copy
 import difflib
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,30 +12,29 @@ from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.settings import (
     KEPT_AS,
+    STORED,
     base_class,
     base_name,
     check_base_keywords,
     check_group,
     plain,
 )
-from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
-
-logger = logging.getLogger("lowbit_optim")
-
-_BASE = "base."
-
-# What a checkpoint must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
-_STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis")
-# Of the base's state, what has the parameter's shape.
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-
-_TROUBLES = (
-    "%d gradient blocks were not finite and were replaced by zeros; state[p]['nonfinite'] counts them. "
-    "This is said once.",
-    "%d updates of factors failed, for a statistic or a decomposition that is not finite, and the last good ones were "
-    "kept; state[p]['left.failures'] and "
-    "'right.failures' count them. This is said once.",
+from lowbit_optim.optimizers.state import (
+    BASE,
+    Sealed,
+    base_part,
+    check_base_part,
+    check_moments,
+    given_back,
+    home,
+    lent,
+    rebuild,
+    to_device,
+    where,
 )
+from lowbit_optim.optimizers.stats import parameter_stats, to_host, treatment
+from lowbit_optim.optimizers.watch import Watch
+from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
 
 
 class SecondOrder(Optimizer):
@@ -45,6 +44,9 @@ class SecondOrder(Optimizer):
     "left.root.codes", ...) and the base's under "base." ("base.exp_avg", ...). The base optimizer has no state of its
     own: it is lent its part for the length of its step.
     """
+
+    # Whether the base could go on from its state without the preconditioner.
+    base_stands_alone: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -59,8 +61,7 @@ class SecondOrder(Optimizer):
         self.base: Optimizer | None = None
         self.preconditioner = preconditioner
         self._settings = tuple(key for key in settings if key != "lr")
-        self._warned = [False for _ in _TROUBLES]
-        self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._watch = Watch()
         super().__init__(params, {**settings, "base": base_name(base_type), **base_kwargs})
         # The base fills in its own defaults in the very same group dicts.
         self.base = base_type(self.param_groups, **{"lr": settings["lr"], **base_kwargs})
@@ -109,7 +110,7 @@ class SecondOrder(Optimizer):
                 loss = closure()
         self._prepare()
         self._check_step()
-        self._create_state(only_with_gradient=True)
+        self._create_state([(p, group) for p, group in self._parameters() if p.grad is not None])
         self._watch(self.preconditioner.step(self.param_groups, self.state))
         self._step_base()
         return loss
@@ -120,7 +121,7 @@ class SecondOrder(Optimizer):
         The base's state still comes with its first step.
         """
         self._prepare()
-        self._create_state(only_with_gradient=False)
+        self._create_state(self._parameters())
 
     def state_codecs(self) -> dict[int, dict[str, dict[str, Any]]]:
         """How the coded tensors of ``state_dict()`` are to be read.
@@ -138,18 +139,48 @@ class SecondOrder(Optimizer):
                 codecs[index] = {"left": forms.left.describe(), "right": forms.right.describe()}
         return codecs
 
+    @torch.no_grad()
+    def stats(self) -> dict[str | int, dict[str, Any]]:
+        """What has become of each parameter, for a log: plain strings and numbers, in one copy to the host.
+
+        Returns:
+            For each parameter, by its name if the groups have names (``model.named_parameters()``), else by its index
+            in ``state_dict()``:
+
+            * "treatment": as "Shampoo: 8 blocks of 128 x 128, root, 2 bits", or "base". A factor below
+              ``min_quant_size`` is "uncoded".
+            * "steps": with a gradient. "nonfinite": gradient blocks that were replaced by zeros.
+            * "left.updates", "right.updates": statistics in the factor, of the block with the fewest.
+            * "left.failures", "right.failures": updates and refreshes that failed, over all blocks.
+            * "left.rounding_error", "right.rounding_error": how far rounding has put the root off, as it is kept
+              (storage "logarithm": the logarithm; "root" in K-FAC and AdaBK: A^(-1/4)), when it was written last.
+              Estimated from codes and scales; relative, by Frobenius norms, of the worst block. Earlier roundings are
+              in the average and do not count. None without a factor, and of SOAP.
+            * "bytes": of the preconditioner's state; the base's comes on top.
+        """
+        self._prepare()
+        treated = self._treatments()
+        found: dict[str | int, dict[str, Any]] = {}
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        for index, (parameter, group) in enumerate(self._parameters()):
+            cut = self.preconditioner.blocking(parameter, group)
+            forms = None if cut is None else self.preconditioner.forms(group, cut)
+            numbers = parameter_stats(self.state.get(parameter, {}), forms)
+            found[names[index] if names else index] = {"treatment": treated[parameter], **numbers}
+        to_host(list(found.values()))
+        return found
+
+    def _treatments(self) -> dict[Tensor, str]:
+        """In words how each parameter is treated."""
+        name, cut = type(self).__name__, self.preconditioner.blocking
+        return {p: treatment(name, cut(p, group), group) for p, group in self._parameters()}
+
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
+        self._check_groups(state_dict)
         self._prepare()
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(g["params"]) for g in self.param_groups]
-        saved_sizes = [len(g["params"]) for g in saved_groups]
-        if sizes != saved_sizes:
-            raise ValueError(f"the state dict has param groups of sizes {saved_sizes}; the optimizer's are {sizes}")
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            stored = [key for key in _STORED if key in group]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            stored = [key for key in STORED if key in group]
             if missing := [key for key in stored if key not in saved]:
                 lacks = ", ".join(missing)
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
@@ -157,7 +188,10 @@ class SecondOrder(Optimizer):
             check_group(saved, self.preconditioner)
             for key in stored:
                 if plain(saved[key]) != plain(group[key]):
-                    raise ValueError(f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}")
+                    raise ValueError(
+                        f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}. Load it into an "
+                        f"optimizer with the {key} that it has" + f"; {self._other_kept_as}" * (key != "base")
+                    )
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(index)
                 if state:
@@ -177,10 +211,88 @@ class SecondOrder(Optimizer):
             seal.remove()
         self._prepare()
 
+    def base_state_dict(self) -> dict[str, Any]:
+        """The base's part of ``state_dict()``, which an optimizer of the base's class loads to go on by itself.
+
+        Its param groups have the base's options only. Tensors are the live ones, as in ``state_dict()``.
+
+        Raises:
+            ValueError: the base cannot go on by itself (SOAP).
+        """
+        self._check_base_alone()
+        return base_part(self.state_dict(), self._ours)
+
+    def load_base_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the base's class: a run that it began goes on here, with its moments.
+
+        The base's options (lr, betas, ...) come with it, as in ``load_state_dict``; the settings of this class stay,
+        and so does what its preconditioner has. Where that has nothing yet, its steps count from now on.
+
+        Args:
+            state_dict: of an optimizer of the base's class with the same groups of parameters, or
+                ``base_state_dict()`` of one of this library.
+
+        Raises:
+            ValueError: it is not of the base's class, or does not fit the parameters, or the base cannot go on by
+                itself (SOAP); the optimizer is left as it was.
+        """
+        self._check_base_alone()
+        self._check_groups(state_dict)
+        assert self.base is not None
+        check_base_part(state_dict, self.defaults["base"], self.base.defaults)
+        self._prepare()
+        # Read by an optimizer of the base's class, which knows what its older versions lacked, and how it casts.
+        reader = rebuild(*self._base_and_attributes(), [dict(group) for group in self.param_groups])
+        reader.load_state_dict(state_dict)
+        for index, (parameter, _) in enumerate(self._parameters()):
+            check_moments(index, parameter, reader.state.get(parameter, {}))
+        self._create_state([(p, group) for p, group in self._parameters() if reader.state.get(p)])
+        whole = self.state_dict()
+        for index, (parameter, _) in enumerate(self._parameters()):
+            if own := self.state.get(parameter):
+                kept = {key: value for key, value in own.items() if not key.startswith(BASE)}
+                whole["state"][index] = kept | given_back(reader.state.get(parameter, {}))
+        for group, read in zip(whole["param_groups"], reader.param_groups, strict=True):
+            group.update({k: v for k, v in read.items() if k not in {"params", "param_names", *self._ours}})
+        self.load_state_dict(whole)
+
+    def _check_base_alone(self) -> None:
+        if not self.base_stands_alone:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} keeps the moments of {self.defaults['base']} in the eigenbases of its factors, where no other "
+                f"optimizer can go on with them, nor {name} with those of another: start {name} or the other anew"
+            )
+
+    @property
+    def _other_kept_as(self) -> str:
+        """The way to other settings of ``KEPT_AS``."""
+        if not self.base_stands_alone:
+            return "to go on with another, make a new optimizer, which starts anew"
+        return (
+            "to go on with another, make a new optimizer, whose factors start anew, and keep the moments: "
+            "new.load_base_state_dict(old.base_state_dict())"
+        )
+
+    @property
+    def _ours(self) -> set[str]:
+        """The keys of param groups that are not the base's."""
+        return {*self._settings, "base", "kept_as"}
+
+    def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
+        sizes, saved = ([len(g["params"]) for g in x] for x in (self.param_groups, state_dict["param_groups"]))
+        if sizes != saved:
+            raise ValueError(
+                f"the state dict has param groups of sizes {saved}; the optimizer's are {sizes}: give it the "
+                "parameters in the same groups, in the same order"
+            )
+
     def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
         self.check_state_dict(state_dict)
-        sealed = {index: {k: _Sealed(v) for k, v in own.items()} for index, own in state_dict["state"].items()}
+        sealed = {index: {k: Sealed(v) for k, v in own.items()} for index, own in state_dict["state"].items()}
         return {**state_dict, "state": sealed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,28 +300,32 @@ class SecondOrder(Optimizer):
         super().__setstate__(state)
         if base is not None:  # from a pickle or a copy, where torch keeps nothing of an optimizer but these three
             kind, attributes = base
-            self.base = _rebuild(kind, attributes, self.param_groups, self.defaults)
+            self.base = rebuild(kind, attributes, self.param_groups)
         for group in self.param_groups:
             for key in self._settings:  # what an older version did not know
                 group.setdefault(key, plain(self.defaults[key]))
         for parameter, group in self._parameters():
             own = self.state.get(parameter, {})
             self.state[parameter] = {
-                k: v.open(_home(k, v.value, parameter, group)) if isinstance(v, _Sealed) else v for k, v in own.items()
+                k: v.open(home(k, v.value, parameter, group)) if isinstance(v, Sealed) else v for k, v in own.items()
             }
             if not own:
                 del self.state[parameter]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("state", "param_groups", "defaults")
-        attributes = {k: v for k, v in vars(self.base).items() if k not in own and not k.startswith("_optimizer_")}
         return super().__getstate__() | {
-            "base": (type(self.base), attributes),
+            "base": self._base_and_attributes(),
             "preconditioner": self.preconditioner,
             "_settings": self._settings,
-            "_warned": list(self._warned),
-            "_pending": [],
+            "_watch": copy.copy(self._watch),
         }
+
+    def _base_and_attributes(self) -> tuple[type[Optimizer], dict[str, Any]]:
+        """What ``rebuild`` makes another base of."""
+        assert self.base is not None
+        own = ("state", "param_groups")
+        attributes = {k: v for k, v in vars(self.base).items() if k not in own and not k.startswith("_optimizer_")}
+        return type(self.base), attributes | {"defaults": dict(self.base.defaults)}
 
     def _prepare(self) -> None:
         self.preconditioner.prepare(self.param_groups, self.state)
@@ -225,7 +341,8 @@ class SecondOrder(Optimizer):
                 if group.get(key) != kept:
                     raise ValueError(
                         f"a param group's {key} was changed from {kept!r} to {group[key]!r}, which no longer fits its "
-                        f"state: {', '.join(KEPT_AS)} must stay as at the first step"
+                        f"state: {', '.join(k for k in KEPT_AS if k in group)} must stay as at the first step. "
+                        f"Set it back; {self._other_kept_as}"
                     )
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -237,38 +354,33 @@ class SecondOrder(Optimizer):
     def _parameters(self) -> list[tuple[Tensor, Group]]:
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
 
-    def _create_state(self, *, only_with_gradient: bool) -> None:
-        for parameter, group in self._parameters():
-            if only_with_gradient and parameter.grad is None:
-                continue
+    def _create_state(self, parameters: list[tuple[Tensor, Group]]) -> None:
+        for parameter, group in parameters:
             own = self.state[parameter]
             wanted = self.preconditioner.blocking(parameter, group) is not None
             if "step" not in own or (wanted and "left.failures" not in own):  # a group may ask for it later
                 group.setdefault("kept_as", tuple(group.get(key) for key in KEPT_AS))
                 own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
-                self.state[parameter] = {k: _to(v, _home(k, v, parameter, group)) for k, v in own.items()}
+                self.state[parameter] = {k: to_device(v, home(k, v, parameter, group)) for k, v in own.items()}
 
     def _check_state(self, index: int, parameter: Tensor, group: Group, state: Mapping[str, Any]) -> None:
-        own = {key: value for key, value in state.items() if not key.startswith(_BASE)}
+        own = {key: value for key, value in state.items() if not key.startswith(BASE)}
         # Factors stay where they are while a group does without them.
         group = {**group, "precondition": group["precondition"] or "left.failures" in own}
         expected = self.preconditioner.layout(parameter, group)
-        where = f"parameter {index} of shape {tuple(parameter.shape)}"
+        name = where(index, parameter)
         if own.keys() != expected.keys():
             wrong = ", ".join(sorted(own.keys() ^ expected.keys()))
             raise ValueError(
-                f"{where}: the state dict and the optimizer's settings do not have the same tensors: {wrong}"
+                f"{name}: the state dict and the optimizer's settings do not have the same tensors: {wrong}"
             )
         for key, (shape, dtype) in expected.items():
             got = own[key]
             if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
                 got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
-                raise ValueError(f"{where}: {key} is {got}; it must be {dtype} {list(shape)}")
-        for key in _MOMENTS:
-            moment = state.get(_BASE + key)
-            if isinstance(moment, Tensor) and moment.shape != parameter.shape:
-                raise ValueError(f"{where}: {_BASE}{key} is of shape {tuple(moment.shape)}")
+                raise ValueError(f"{name}: {key} is {got}; it must be {dtype} {list(shape)}")
+        check_moments(index, parameter, lent(state))
 
     def _step_base(self) -> None:
         """The base's step, without its hooks: this optimizer's own step has fired the global ones already."""
@@ -276,68 +388,18 @@ class SecondOrder(Optimizer):
         self.base.param_groups = self.param_groups
         self.base.state = defaultdict(dict)
         for parameter, own in self.state.items():
-            lent = {key.removeprefix(_BASE): value for key, value in own.items() if key.startswith(_BASE)}
-            if lent:
-                self.base.state[parameter] = lent
+            if own_of_base := lent(own):
+                self.base.state[parameter] = own_of_base
         step = type(self.base).step
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]
         step(self.base)
-        for parameter, lent in self.base.state.items():
-            self.state[parameter].update({f"{_BASE}{key}": value for key, value in lent.items()})
+        for parameter, own in self.base.state.items():
+            self.state[parameter].update(given_back(own))
         self.base.state = defaultdict(dict)
-
-    def _watch(self, troubles: Tensor | None) -> None:
-        """Warn once of each trouble. On CUDA the counts are looked at when they have arrived."""
-        if troubles is None or all(self._warned):
-            return
-        arrived = [troubles]
-        if troubles.is_cuda:
-            host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(troubles, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._pending.append((host, event))
-            arrived = []
-            while self._pending and self._pending[0][1].query():
-                arrived.append(self._pending.pop(0)[0])
-        for i, message in enumerate(_TROUBLES):
-            count = sum(int(t[i]) for t in arrived)
-            if count and not self._warned[i]:
-                logger.warning(message, count)
-                self._warned[i] = True
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:
     """The settings of param groups among the locals of a constructor, without those that it names."""
     others = ("self", "params", "base", "base_kwargs", "__class__", *others)
     return {key: value for key, value in given.items() if key not in others}
-
-
-def _rebuild(
-    kind: type[Optimizer], attributes: dict[str, Any], groups: list[Group], defaults: dict[str, Any]
-) -> Optimizer:
-    base = kind.__new__(kind)
-    vars(base).update(attributes)
-    base.__setstate__({"state": defaultdict(dict), "param_groups": groups, "defaults": defaults})
-    return base
-
-
-class _Sealed:
-    """A state value that ``Optimizer.load_state_dict`` passes on as it is."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def open(self, device: torch.device) -> Any:
-        """The value; a tensor as a copy on ``device``, so that two optimizers never share state."""
-        return self.value.detach().to(device, copy=True) if isinstance(self.value, Tensor) else self.value
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _home(key: str, value: Any, parameter: Tensor, group: Group) -> torch.device:
-    """Where a state tensor belongs: with its parameter; step counters on the CPU unless the base wants otherwise."""
-    on_cpu = key == "step" or (key == "base.step" and not (group.get("capturable") or group.get("fused")))
-    return torch.device("cpu") if on_cpu and isinstance(value, Tensor) and value.dim() == 0 else parameter.device

@@ -79,6 +79,8 @@ KEPT_AS = (
     "damping_rule",
     "basis",
 )
+# What a state dict must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
+STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis")
 
 
 def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner) -> None:

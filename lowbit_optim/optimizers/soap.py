@@ -1,7 +1,7 @@
 """SOAP: Adam in the eigenbases of Shampoo's factors, with factors and bases in low-bit storage."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ class SOAP(SecondOrder):
     """
 
     preconditioner: SOAPPreconditioner
+    base_stands_alone: ClassVar[bool] = False  # its moments are those of turned gradients
 
     def __init__(
         self,

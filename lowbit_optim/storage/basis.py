@@ -50,6 +50,10 @@ class Basis:
         """The basis, [k, n, n] in ``dtype``."""
         return rectify(self.vectors.decode(take("basis", state), self.order, dtype), self.rectifications)
 
+    def rounding_error(self, state: State) -> None:
+        """Not estimated of a basis."""
+        return
+
     def turn(self, state: State, dtype: torch.dtype, first: bool) -> tuple[State, Tensor, Tensor]:
         """Follow the statistic: by its decomposition at first, then by orthogonal iteration from the last basis.
 

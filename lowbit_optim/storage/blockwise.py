@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.reference import SCALE_GROUP
-from lowbit_optim.storage.codebooks import codebook, table
+from lowbit_optim.storage.codebooks import cell_errors, codebook, table
 
 # Rows shorter than this keep their numbers: the scale and the padding would cost more than the codes save.
 MIN_ROW = 32
@@ -69,11 +69,21 @@ class Quantization:
 
     def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32 or float64)."""
-        codes, scales = parts["codes"], parts["scales"]
+        return self._look_up(parts, n, table(self.codebook, self.bits, dtype, parts["codes"].device).values)
+
+    def rounding_error(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``.
+
+        It is that of numbers spread evenly over the cells of their codes.
+        """
+        return self._look_up(parts, n, cell_errors(self.codebook, self.bits, dtype, parts["codes"].device))
+
+    def _look_up(self, parts: Parts, n: int, values: Tensor) -> Tensor:
+        """For each code its entry of ``values``, times the scale, [..., n]."""
+        codes, scales, dtype = parts["codes"], parts["scales"], values.dtype
         lead = codes.shape[:-1]
         maxima = parts["scale_maxima"] if self.double else scales.new_empty((*lead, 0), dtype=torch.float32)
         codes, scales, maxima = (part.reshape(lead.numel(), part.shape[-1]) for part in (codes, scales, maxima))
-        values, _ = table(self.codebook, self.bits, dtype, codes.device)
         rows = kernels.dequantize_blockwise(codes, scales, maxima, values, self.bits, self.block_size, n, dtype)
         return rows.reshape(*lead, n)
 
@@ -107,6 +117,17 @@ def decode(parts: Parts, codec: Codec, n: int, dtype: torch.dtype = torch.float3
     if isinstance(codec, Quantization):
         return codec.decode(parts, n, dtype)
     return parts["values"].to(dtype)
+
+
+def rounding_error(parts: Parts, codec: Codec, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``."""
+    if isinstance(codec, Quantization):
+        return codec.rounding_error(parts, n, dtype)
+    x = parts["values"].to(dtype)
+    if codec is None:
+        return torch.zeros_like(x)
+    spacing = torch.exp2(torch.frexp(x).exponent - 1.0) * torch.finfo(codec).eps
+    return torch.where(x == 0, 0.0, spacing / 12**0.5)
 
 
 def zeros(shape: Sequence[int], codec: Codec, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import cholesky, finite, inverse_root
-from lowbit_optim.storage.factors import Factor, State, counters, put, take
-from lowbit_optim.storage.symmetric import Symmetric
+from lowbit_optim.storage.factors import Coded, State, counters, put, take
 
 # What makes A definite, relative to its mean eigenvalue, at most: it enters the average, as damping must not.
 _RIDGE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cholesky(Factor):
+class Cholesky(Coded):
     """A = C C^T by its lower triangle C, and the root (Li, Ding, Toh, Zhou 2024).
 
     With error feedback, what coding C lost is kept as well, coded, and given back before the next coding:
@@ -27,7 +26,6 @@ class Cholesky(Factor):
         feedback: keep the error.
     """
 
-    codec: Symmetric
     feedback: bool = False
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -43,9 +41,6 @@ class Cholesky(Factor):
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         c = self.codec.decode(take("cholesky", state), dtype).tril()
         return c @ c.mT
-
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(take("root", state), dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, self.statistic(state, m.dtype), m, magnitude)

@@ -120,3 +120,17 @@ def table(name: str, bits: int, dtype: torch.dtype, device: torch.device) -> Tab
     # None between a value and its repetition: the first of equal values is the lower code, and has them all.
     boundaries = ((values[:-1] + values[1:]) / 2).where(values[:-1] < values[1:], torch.inf)
     return Table(values.to(dtype).to(device), boundaries.to(dtype).to(device))
+
+
+@lru_cache
+def cell_errors(name: str, bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each code the root mean square distance to its value of numbers spread evenly over its cell, [2**bits].
+
+    Cells end at the boundaries, the outermost at -1 and 1.
+    """
+    values, boundaries = table(name, bits, torch.float64, torch.device("cpu"))
+    low = torch.cat([values[:1].clamp(max=-1), boundaries]).clamp(max=1)
+    high = torch.cat([boundaries, boundaries.new_ones(1)]).clamp(max=1)
+    width = (high - low).where(low < high, 1.0)  # the cell of a repeated value is empty
+    squares = ((high - values) ** 3 + (values - low) ** 3) / (3 * width)
+    return squares.sqrt().to(dtype).to(device)

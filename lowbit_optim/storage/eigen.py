@@ -16,8 +16,8 @@ from lowbit_optim.linalg import (
     symmetrize,
 )
 from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
-from lowbit_optim.storage.factors import Factor, State, counters, put, take
-from lowbit_optim.storage.symmetric import Symmetric, lower
+from lowbit_optim.storage.factors import Coded, State, counters, put, take
+from lowbit_optim.storage.symmetric import lower
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,17 @@ class Reflectors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eigen(Factor):
+class Eigen(Coded):
     """A as float32 eigenvalues and coded eigenvectors (with ``Rows``: Wang et al. 2024, alg. 1 and 2).
 
     Args:
         vectors: how the eigenvectors are kept.
-        codec: how the root is kept.
         rectify_update: Björck iterations t1 before the eigenvectors enter an update; reflectors need none.
         rectify_root: Björck iterations t2 before they make a root; reflectors need none.
         iterations: orthogonal iterations per update.
     """
 
     vectors: Rows | Reflectors
-    codec: Symmetric
     rectify_update: int = 1
     rectify_root: int = 4
     iterations: int = 1
@@ -97,9 +95,6 @@ class Eigen(Factor):
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return self._statistic(state, self.eigenvectors(state, self.rectify_update, dtype))
-
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(take("root", state), dtype)
 
     def _statistic(self, state: State, v: Tensor) -> Tensor:
         return symmetrize((v * state["eigenvalues"].to(v.dtype).unsqueeze(-2)) @ v.mT)

@@ -78,6 +78,14 @@ class Factor(ABC):
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         """A^(-1/p) as of the last refresh, [k, n, n] in ``dtype``."""
 
+    def rounding_error(self, state: State) -> Tensor:
+        """How far what ``root`` reads is off for having been rounded when it was written last, estimated, [k] float32.
+
+        Relative, by Frobenius norms; 0 where nothing is coded. What earlier roundings left in the average, it does not
+        see.
+        """
+        return torch.zeros_like(state["previous_norm"])
+
     @abstractmethod
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         """The changed part of the state and ok [k]."""
@@ -193,13 +201,29 @@ class Dense(Factor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Direct(Factor):
+class Coded(Factor):
+    """What all forms share that keep the root as a coded symmetric matrix.
+
+    Args:
+        codec: how the root is kept, and whatever else the form says.
+    """
+
+    codec: Symmetric
+    name: ClassVar[str] = "root"  # of that matrix in the state
+
+    def root(self, state: State, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode(take(self.name, state), dtype)
+
+    def rounding_error(self, state: State) -> Tensor:
+        return self.codec.rounding_error(take(self.name, state))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direct(Coded):
     """A and its root, each as an exact diagonal and a quantized rest: what the papers call naive.
 
     Rounding makes A indefinite; its negative eigenvalues count as zero.
     """
-
-    codec: Symmetric
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         start = self.codec.identity(blocks, order, dtype, device)
@@ -209,9 +233,6 @@ class Direct(Factor):
 
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return symmetrize(self.codec.decode(take("statistic", state), dtype))
-
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(take("root", state), dtype)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, self.statistic(state, m.dtype), m, magnitude)

@@ -19,15 +19,14 @@ from lowbit_optim.linalg import (
     symmetrize,
     trace,
 )
-from lowbit_optim.storage.factors import Factor, State, counters, put, take
-from lowbit_optim.storage.symmetric import Symmetric
+from lowbit_optim.storage.factors import Coded, State, counters, put, take
 
 # Of a root: a root of low power of tiny statistics would overflow in float32, and its direction is what matters.
 _LARGEST_SCALE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Root(Factor):
+class Root(Coded):
     """Only X = A^(-1/q), from which the root A^(-1/p) and, as A = X^-q, the statistic are had.
 
     The power compresses the spectrum, so that uniform rounding is harmless everywhere, and X is symmetric, so that one
@@ -44,11 +43,9 @@ class Root(Factor):
             every step.
     """
 
-    codec: Symmetric
     ridge: str = "clamp"
     stored_power: int | None = None
     one_period: ClassVar[bool] = True
-    name: ClassVar[str] = "root"  # of X in the state
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         start = put(self.name, self.codec.identity(blocks, order, dtype, device))

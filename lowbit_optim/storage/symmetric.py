@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
+from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, rounding_error, zeros
 
 LAYOUTS = ("triangle", "square")
 
@@ -61,22 +61,35 @@ class Symmetric:
     def decode(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32 or float64)."""
         diagonal = parts["diagonal"].to(dtype)
-        k, n = diagonal.shape
-        if self.layout == "square":
-            x = decode(parts, self.codec, n, dtype)
-        else:
-            rest = decode(parts, self.codec, n * (n - 1) // 2, dtype)
-            x = rest.new_zeros(k, n * n).index_copy_(1, lower(n, rest.device), rest).unflatten(1, (n, n))
-            x = x + x.mT
-        if self.correlations:
-            x = x * _scales(diagonal, dtype)
-        return x.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+        return self._whole(decode(parts, self.codec, self._row(diagonal.shape[-1]), dtype), diagonal, diagonal)
+
+    def rounding_error(self, parts: Parts) -> Tensor:
+        """How far ``decode`` is off, estimated: the error's Frobenius norm relative to that of the matrix, [k]."""
+        diagonal = parts["diagonal"].float()
+        error = rounding_error(parts, self.codec, self._row(diagonal.shape[-1]))
+        error = self._whole(error, diagonal, torch.zeros_like(diagonal)).norm(dim=(1, 2))
+        whole = self.decode(parts).norm(dim=(1, 2))
+        return error / torch.where(whole > 0, whole, 1.0)
 
     def identity(self, k: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:
         """The parts of k identity matrices of order n; ``dtype`` is what ``encode`` would be given."""
-        shape = (k, n * (n - 1) // 2) if self.layout == "triangle" else (k, n, n)
+        shape = (k, self._row(n)) if self.layout == "triangle" else (k, n, n)
         diagonal = torch.ones(k, n, dtype=self._diagonal_dtype(dtype), device=device)
         return {"diagonal": diagonal, **zeros(shape, self.codec, dtype, device)}
+
+    def _row(self, n: int) -> int:
+        """Numbers in a row of codes."""
+        return n * (n - 1) // 2 if self.layout == "triangle" else n
+
+    def _whole(self, rest: Tensor, scaling: Tensor, diagonal: Tensor) -> Tensor:
+        """Symmetric matrices from their coded rest, with this diagonal; ``scaling`` is the one that is kept, [k, n]."""
+        n = diagonal.shape[-1]
+        if self.layout == "triangle":
+            rest = rest.new_zeros(len(rest), n * n).index_copy_(1, lower(n, rest.device), rest).unflatten(1, (n, n))
+            rest = rest + rest.mT
+        if self.correlations:
+            rest = rest * _scales(scaling, rest.dtype)
+        return rest.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
 
     def _diagonal_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.codec else dtype

@@ -1,0 +1,98 @@
+"""A second-order optimizer's state: what of it is the base's, where its tensors belong, how they pass through torch."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+BASE = "base."
+
+# What has the parameter's shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+
+# Without these the base cannot go on; what other bases keep is not known.
+_NEEDED = {"torch.AdamW": {"step", "exp_avg", "exp_avg_sq"}, "torch.Adagrad": {"step", "sum"}}
+
+
+def lent(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parameter's state the base's, by the base's own keys."""
+    return {key.removeprefix(BASE): value for key, value in own.items() if key.startswith(BASE)}
+
+
+def given_back(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``lent``."""
+    return {f"{BASE}{key}": value for key, value in own.items()}
+
+
+def base_part(state_dict: Mapping[str, Any], ours: Collection[str]) -> dict[str, Any]:
+    """A state dict without the preconditioner's state, and without the settings ``ours`` of its groups."""
+    state = {index: lent(own) for index, own in state_dict["state"].items()}
+    return {
+        "state": {index: own for index, own in state.items() if own},
+        "param_groups": [{k: v for k, v in group.items() if k not in ours} for group in state_dict["param_groups"]],
+    }
+
+
+def check_base_part(state_dict: Mapping[str, Any], base: str, defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state dict is one of the base, whose options have these defaults."""
+    # Older versions of torch lack some of the switches, for which the base has defaults.
+    needed = {key for key, default in defaults.items() if default is not None and not isinstance(default, bool)}
+    for group in state_dict["param_groups"]:
+        if "base" in group:
+            raise ValueError(
+                "the state dict is that of a second-order optimizer: load_state_dict takes all of it, and "
+                "base_state_dict() of that optimizer is what load_base_state_dict takes"
+            )
+        if missing := needed - group.keys():
+            lacks = ", ".join(sorted(missing))
+            raise ValueError(f"the state dict's param groups lack {lacks}: it is not of the base, {base}")
+    for index, own in state_dict["state"].items():
+        if own and (missing := _NEEDED.get(base, set()) - own.keys()):
+            lacks = ", ".join(sorted(missing))
+            raise ValueError(f"the state of parameter {index} lacks {lacks}: it is not of the base, {base}")
+
+
+def where(index: int, parameter: Tensor) -> str:
+    """How a message names a parameter."""
+    return f"parameter {index} of shape {tuple(parameter.shape)}"
+
+
+def check_moments(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None:
+    """Raise ValueError if the base's state of a parameter has moments of another shape."""
+    for key in _MOMENTS:
+        moment = own.get(key)
+        if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+            raise ValueError(f"{where(index, parameter)}: its {key} in the state dict is {list(moment.shape)}")
+
+
+def rebuild(kind: type[Optimizer], attributes: dict[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer with the attributes of another, over these groups, without state."""
+    base = kind.__new__(kind)
+    vars(base).update(attributes)
+    base.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+    return base
+
+
+class Sealed:
+    """A state value that ``Optimizer.load_state_dict`` passes on as it is."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def open(self, device: torch.device) -> Any:
+        """The value; a tensor as a copy on ``device``, so that two optimizers never share state."""
+        return self.value.detach().to(device, copy=True) if isinstance(self.value, Tensor) else self.value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor on a device; anything else as it is."""
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def home(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where a state tensor belongs: with its parameter; step counters on the CPU unless the base wants otherwise."""
+    on_cpu = key == "step" or (key == "base.step" and not (group.get("capturable") or group.get("fused")))
+    return torch.device("cpu") if on_cpu and isinstance(value, Tensor) and value.dim() == 0 else parameter.device

@@ -1,0 +1,60 @@
+"""What ``SecondOrder.stats`` says of each parameter, and the words for how a parameter is treated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.blocking import Blocking
+from lowbit_optim.optimizers.state import BASE
+from lowbit_optim.preconditioners.kronecker import SIDES, Forms, Group
+from lowbit_optim.storage.factors import State, take
+
+LEFT_TO_BASE = "base"
+
+
+def treatment(optimizer: str, cut: Blocking | None, group: Group) -> str:
+    """As "Shampoo: 8 blocks of 128 x 128, root, 2 bits"; "base" without blocks."""
+    if cut is None:
+        return LEFT_TO_BASE
+    blocks = f"{cut.count} blocks of " * (cut.count > 1)
+    small = [s for s, n in zip(SIDES, (cut.rows, cut.columns), strict=True) if n * n < group["min_quant_size"]]
+    if group["bits"] == 32:
+        kept = "32 bits"
+    elif len(small) == len(SIDES):
+        kept = f"{group['storage']}, uncoded"
+    else:
+        codes = f"codes of {group['quantization'][0]} bits" if group["quantization"] else f"{group['bits']} bits"
+        kept = ", ".join([group["storage"], codes, *(f"{side} uncoded" for side in small)])
+    return f"{optimizer}: {blocks}{cut.rows} x {cut.columns}, {kept}"
+
+
+def parameter_stats(own: Mapping[str, Any], forms: Forms | None) -> dict[str, Any]:
+    """The numbers of ``SecondOrder.stats`` for a parameter's state; those that are on its device, as tensors there."""
+    found: dict[str, Any] = {
+        "steps": int(own.get("step", 0)),  # which is on the CPU
+        "nonfinite": own.get("nonfinite", 0),
+        "bytes": sum(part.nbytes for key, part in own.items() if not key.startswith(BASE)),
+    }
+    for side, form in zip(SIDES, forms or (None, None), strict=True):
+        state: State = take(side, dict(own))
+        found[f"{side}.updates"] = state["updates"].min() if state else 0
+        found[f"{side}.failures"] = state["failures"].sum() if state else 0
+        error = form.rounding_error(state) if form is not None and state else None
+        found[f"{side}.rounding_error"] = error if error is None else error.max()
+    return found
+
+
+def to_host(stats: list[dict[str, Any]]) -> None:
+    """Put numbers in the place of all tensors, in one copy."""
+    places = [(own, key) for own in stats for key, value in own.items() if isinstance(value, Tensor)]
+    if not places:
+        return
+    tensors = [own[key] for own, key in places]
+    # One dtype for all: float64, which would hold both, is not on every device.
+    integers = [x.float().view(torch.int32) if x.is_floating_point() else x for x in tensors]
+    whole = torch.stack([x.to(integers[0].device, torch.int64) for x in integers]).cpu()
+    fractions = whole.to(torch.int32).view(torch.float32)
+    for (own, key), x, fraction, integer in zip(places, tensors, fractions.tolist(), whole.tolist(), strict=True):
+        own[key] = fraction if x.is_floating_point() else integer
