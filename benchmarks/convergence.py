@@ -106,6 +106,7 @@ SOURCES = (
     "preconditioners/kronecker.py",
     "optimizers/settings.py",
     "optimizers/second_order.py",
+    "optimizers/state.py",
     "optimizers/shampoo.py",
 )
 
