@@ -51,6 +51,14 @@ class Forms(NamedTuple):
     left: Factor
     right: Factor
 
+    def sides(self) -> Iterator[tuple[str, Factor]]:
+        """("left", its form), ("right", its form)."""
+        return zip(SIDES, self, strict=True)
+
+    def roots(self, stack: Stack, start: int, stop: int, dtype: torch.dtype) -> list[Tensor]:
+        """Both roots of blocks start to stop, [k, r, r] and [k, c, c] in ``dtype``."""
+        return [form.root(stack.read(side, start, stop), dtype) for side, form in self.sides()]
+
 
 class Due(NamedTuple):
     """What this step asks of a parameter."""
@@ -105,10 +113,6 @@ class Bucket:
                 if parameter.grad is not None:
                     limit = torch.finfo(parameter.grad.dtype).max
                     parameter.grad.copy_(part.clamp(-limit, limit).view_as(parameter))
-
-    def sides(self) -> Iterator[tuple[str, Factor]]:
-        """("left", its form), ("right", its form)."""
-        return zip(SIDES, self.forms, strict=True)
 
 
 def _joint_gradient(unit: tuple[Tensor, ...]) -> Tensor:
@@ -193,6 +197,20 @@ class KroneckerPreconditioner(ABC):
     def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
         """The preconditioned blocks [k, r, c] from the roots [k, r, r] and [k, c, c]."""
         return left @ gradient @ right
+
+    def precondition(
+        self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks start to stop of the preconditioned gradient.
+
+        Args:
+            gradient, magnitude: as for ``statistics``.
+
+        Returns:
+            (X [k, r, c], e int32 [k]): the blocks are magnitude 2^e X.
+        """
+        (left, right), exponents = _without_exponents(part.forms.roots(stack, start, stop, part.dtype))
+        return self.apply(left, gradient, right), exponents
 
     def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """The parameters whose gradients are one matrix, if ``parameter`` is the first of them."""
@@ -310,9 +328,9 @@ class KroneckerPreconditioner(ABC):
             if part.due.update or part.due.refresh:
                 troubles[1] += self._update(part, stack, start, stop, own, magnitude[start:stop])
             if result is not None:
-                roots = [form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides()]
-                (left, right), exponents[start:stop] = _without_exponents(roots)
-                result[start:stop] = self.apply(left, own, right)
+                result[start:stop], exponents[start:stop] = self.precondition(
+                    part, stack, start, stop, own, magnitude[start:stop]
+                )
         if result is None:
             part.scatter(torch.where(each(good, blocks), blocks, 0.0))
             return troubles
