@@ -115,7 +115,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
             return None, None
         left, right = (
             factor.mean_eigenvalue(state, part.dtype) if given is None else factor.mean_after(state, *given)
-            for factor, state, given in zip(part.forms, states, statistics, strict=True)
+            for (_, factor), state, given in zip(part.forms.sides(), states, statistics, strict=True)
         )
         ratio = (right / left).sqrt()
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)

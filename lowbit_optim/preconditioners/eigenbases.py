@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
+from torch import Tensor
+
+from lowbit_optim.preconditioners.kronecker import Bucket, Group, KroneckerPreconditioner, Statistics
 from lowbit_optim.storage.basis import Basis
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import basis_vectors
 from lowbit_optim.storage.eigen import Rows
+from lowbit_optim.storage.factors import State
 
 
 class EigenbasisPreconditioner(KroneckerPreconditioner):
@@ -18,3 +21,9 @@ class EigenbasisPreconditioner(KroneckerPreconditioner):
         quantization = Quantization(*group["quantization"]) if group["quantization"] else None
         vectors = basis_vectors(group["basis"], group["bits"], quantization, quantized)
         return Basis(order, factor, vectors, group["rectify_basis"] if isinstance(vectors, Rows) and quantized else 0)
+
+    def dampings(
+        self, part: Bucket, states: list[State], statistics: Statistics | tuple[None, None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """None: a ridge changes no eigenvector."""
+        return None, None

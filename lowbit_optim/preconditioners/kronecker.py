@@ -21,7 +21,8 @@ from lowbit_optim.blocking import Blocking, Stack, blocking
 from lowbit_optim.linalg import each, full_precision
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import ONE_PERIOD, form
-from lowbit_optim.storage.factors import Factor, State
+from lowbit_optim.storage.factors import Factor, State, put
+from lowbit_optim.storage.moment import Moment
 
 SIDES = ("left", "right")
 
@@ -46,14 +47,15 @@ Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Forms(NamedTuple):
-    """The forms of the two factors of a block."""
+    """The forms of the two factors of a block, and of the gradient's moment in their eigenbases where one is kept."""
 
     left: Factor
     right: Factor
+    moment: Moment | None = None
 
     def sides(self) -> Iterator[tuple[str, Factor]]:
         """("left", its form), ("right", its form)."""
-        return zip(SIDES, self, strict=True)
+        return zip(SIDES, (self.left, self.right), strict=True)
 
     def roots(self, stack: Stack, start: int, stop: int, dtype: torch.dtype) -> list[Tensor]:
         """Both roots of blocks start to stop, [k, r, r] and [k, c, c] in ``dtype``."""
@@ -152,10 +154,11 @@ def _form(order: int, min_quant_size: int, quantization: tuple[Any, ...] | None,
 def _factors(
     cut: Blocking, forms: Forms, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a parameter's factors before the first update, by their names in its state."""
-    for side, factor, order in zip(SIDES, forms, (cut.rows, cut.columns), strict=True):
-        for name, tensor in factor.init(cut.count, order, dtype, device).items():
-            yield f"{side}.{name}", tensor
+    """The tensors of a parameter's forms before the first update, by their names in its state."""
+    for (side, factor), order in zip(forms.sides(), (cut.rows, cut.columns), strict=True):
+        yield from put(side, factor.init(cut.count, order, dtype, device)).items()
+    if forms.moment is not None:
+        yield from put("moment", forms.moment.init(cut.count, cut.rows, cut.columns, dtype, device)).items()
 
 
 @lru_cache
@@ -175,7 +178,8 @@ class KroneckerPreconditioner(ABC):
 
     * "step": int64 scalar on the CPU, steps in which the parameter had a gradient;
     * "nonfinite": int64 scalar, gradient blocks that were replaced by zeros;
-    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks.
+    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks;
+    * "moment.<name>": likewise, where ``forms`` have one.
     """
 
     # What its optimizer calls settings of a factor, where that is not as in Shampoo.
@@ -351,8 +355,8 @@ class KroneckerPreconditioner(ABC):
         statistics = self.statistics(part, start, stop, gradient, magnitude) if due else (None, None)
         states = [stack.read(side, start, stop) for side in SIDES]
         dampings = self.dampings(part, states, statistics)
-        for side, factor, state, statistic, damping in zip(
-            SIDES, part.forms, states, statistics, dampings, strict=True
+        for (side, factor), state, statistic, damping in zip(
+            part.forms.sides(), states, statistics, dampings, strict=True
         ):
             before = state["failures"]
             if statistic is not None:
