@@ -32,7 +32,7 @@ from torch.optim import AdamW, Optimizer
 import lowbit_optim
 from benchmarks import report, tasks
 from benchmarks.tasks import TASKS, MissingData
-from lowbit_optim import CASPR, KFAC, SOAP, AdaBK, Quantization, Shampoo
+from lowbit_optim import CASPR, EKFAC, KFAC, SOAP, AdaBK, Quantization, Shampoo
 from lowbit_optim.presets import WANG2024
 
 EVERY_10 = {"statistics_frequency": 10, "precondition_frequency": 10}
@@ -81,9 +81,19 @@ FAMILIES = {
         ("optimizers/adabk.py", "optimizers/kfac.py", "preconditioners/layers.py"),
         {"adabk-32": LAYERS_32, "adabk-4": {"bits": 4, **LAYERS}, "adabk-2": {"bits": 2, **LAYERS}},
     ),
+    "ekfac": Family(
+        EKFAC,
+        (
+            "optimizers/ekfac.py",
+            "optimizers/kfac.py",
+            "preconditioners/layers.py",
+            "preconditioners/eigenbases.py",
+        ),
+        {"ekfac-32": LAYERS_32, "ekfac-4": {"bits": 4, **LAYERS}},
+    ),
     "soap": Family(
         SOAP,
-        ("optimizers/soap.py",),
+        ("optimizers/soap.py", "preconditioners/eigenbases.py"),
         {"soap-32": {"bits": 32}, "soap-4": {"bits": 4}, "soap-4-eigen": {"bits": 4, "basis": "eigen"}},
     ),
 }

@@ -7,6 +7,7 @@ from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_check
 from lowbit_optim.groups import param_groups
 from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.caspr import CASPR
+from lowbit_optim.optimizers.ekfac import EKFAC
 from lowbit_optim.optimizers.kfac import KFAC
 from lowbit_optim.optimizers.shampoo import Shampoo
 from lowbit_optim.optimizers.soap import SOAP
@@ -15,6 +16,7 @@ from lowbit_optim.storage import Quantization
 __version__ = version("lowbit-optim")
 __all__ = [
     "CASPR",
+    "EKFAC",
     "KFAC",
     "SOAP",
     "AdaBK",

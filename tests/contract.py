@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_optim import CASPR, KFAC, SOAP, AdaBK, Shampoo, presets
+from lowbit_optim import CASPR, EKFAC, KFAC, SOAP, AdaBK, Shampoo, presets
 
 # Factors of order 16 and more are quantized, so that small models have codes in their state.
 small = {"lr": 0.01, "statistics_frequency": 2, "min_quant_size": 256}
@@ -55,6 +55,10 @@ LAYERED = {
     "kfac-32-bits": of_a_model(KFAC, **small, **sgd, bits=32, storage="eigen", precondition_frequency=3),
     "kfac-absolute": of_a_model(KFAC, **small, damping_rule="absolute", graft=False, sharing="reduce", bits=4),
     "adabk": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
+    "ekfac": of_a_model(EKFAC, **small),
+    "ekfac-eigen": of_a_model(
+        EKFAC, **small, **sgd, precondition_frequency=4, storage="cholesky", basis="eigen", graft=False, damping=0.1
+    ),
 }
 OPTIMIZERS |= LAYERED
 

@@ -39,6 +39,8 @@ class KFACPreconditioner(KroneckerPreconditioner):
     default_precondition_frequency: ClassVar[int] = 2000
 
     def __init__(self, sharing: str) -> None:
+        if sharing not in ("expand", "reduce"):
+            raise ValueError(f"sharing is {sharing!r}; it must be 'expand' or 'reduce'")
         self.sharing = sharing
         self.grad_scale: Callable[[], float | Tensor] | None = None
         self.layers: list[Layer] = []
@@ -114,7 +116,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
             return None, None
         left, right = (
             factor.mean_eigenvalue(state, part.dtype) if given is None else factor.mean_after(state, *given)
-            for factor, state, given in zip(part.forms, states, statistics, strict=True)
+            for (_, factor), state, given in zip(part.forms.sides(), states, statistics, strict=True)
         )
         ratio = (right / left).sqrt()
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
@@ -241,13 +243,24 @@ class KFAC(SecondOrder):
         **base_kwargs: Any,
     ) -> None:
         settings = keywords(locals(), "model", "sharing", "grad_scale")
+        self._begin(params, KFACPreconditioner(sharing), settings, base, base_kwargs, model, grad_scale)
+
+    def _begin(
+        self,
+        params: Any,
+        preconditioner: KFACPreconditioner,
+        settings: dict[str, Any],
+        base: str | type[Optimizer],
+        base_kwargs: dict[str, Any],
+        model: nn.Module | None,
+        grad_scale: Callable[[], float | Tensor] | None,
+    ) -> None:
+        """The constructor, of whatever settings; for EKFAC, too, whose settings are others."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {model!r}; {type(self).__name__} needs the module whose layers it preconditions")
-        if sharing not in ("expand", "reduce"):
-            raise ValueError(f"sharing is {sharing!r}; it must be 'expand' or 'reduce'")
         self._model: Callable[[], nn.Module | None] = _none
         self._scales_loss = grad_scale is not None
-        super().__init__(params, KFACPreconditioner(sharing), settings, base, base_kwargs)
+        super().__init__(params, preconditioner, settings, base, base_kwargs)
         self.attach(model, grad_scale)
 
     def attach(self, model: nn.Module, grad_scale: Callable[[], float | Tensor] | None = None) -> None:

@@ -10,29 +10,20 @@ from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.linalg import full_precision
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
-from lowbit_optim.preconditioners.kronecker import SIDES, Due, Forms, Group, working_dtype
+from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
+from lowbit_optim.preconditioners.kronecker import Due, Forms, Group, working_dtype
 from lowbit_optim.storage import Quantization
-from lowbit_optim.storage.basis import Basis
-from lowbit_optim.storage.budget import basis_vectors
-from lowbit_optim.storage.eigen import Rows
 
 State = dict[Tensor, dict[str, Any]]
 
 
-class SOAPPreconditioner(ShampooPreconditioner):
+class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
     """Turns gradients into the eigenbases, turns steps back, and lets the bases follow the statistics."""
 
     def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
         """One block: moments live in the eigenbasis, which padding would not fit."""
         cut = super().blocking(parameter, group)
         return cut if cut is not None and cut.count == 1 else None
-
-    def form(self, group: Group, order: int) -> Any:
-        factor = super().form(group, order)
-        quantized = order * order >= group["min_quant_size"]
-        quantization = Quantization(*group["quantization"]) if group["quantization"] else None
-        vectors = basis_vectors(group["basis"], group["bits"], quantization, quantized)
-        return Basis(order, factor, vectors, group["rectify_basis"] if isinstance(vectors, Rows) and quantized else 0)
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
         """The bases turn after the base's step: see ``finish``."""
@@ -58,16 +49,16 @@ class SOAPPreconditioner(ShampooPreconditioner):
         cut, dtype, steps = self.blocking(parameter, group), working_dtype(parameter), int(state["step"])
         assert cut is not None
         forms, stack = self.forms(group, cut), Stack([state], [1])
-        old = self._bases(forms, stack, dtype)
+        old = forms.roots(stack, 0, 1, dtype)
         if kept is not None:
             step = old[0] @ cut.split(parameter).to(dtype) @ old[1].mT
             parameter.copy_(kept + cut.merge(step).to(parameter.dtype))
         if kept is not None and steps % group["precondition_frequency"]:
             return
-        orders = [self._turn(side, form, stack, dtype, kept is None) for side, form in zip(SIDES, forms, strict=True)]
+        orders = [self._turn(side, form, stack, dtype, kept is None) for side, form in forms.sides()]
         if kept is None:
             return
-        left, right = (n.mT @ o for n, o in zip(self._bases(forms, stack, dtype), old, strict=True))
+        left, right = (n.mT @ o for n, o in zip(forms.roots(stack, 0, 1, dtype), old, strict=True))
         mean = state["base.exp_avg"]
         mean.copy_(cut.merge(left @ cut.split(mean).to(dtype) @ right.mT))
         for name in ("base.exp_avg_sq", "base.max_exp_avg_sq"):
@@ -75,12 +66,9 @@ class SOAPPreconditioner(ShampooPreconditioner):
                 squares = cut.split(state[name])[:, orders[0]][:, :, orders[1]]
                 state[name].copy_(cut.merge(squares))
 
-    def _bases(self, forms: Forms, stack: Stack, dtype: torch.dtype) -> list[Tensor]:
-        return [form.root(stack.read(side, 0, 1), dtype) for side, form in zip(SIDES, forms, strict=True)]
-
     def _turn(self, side: str, form: Any, stack: Stack, dtype: torch.dtype, first: bool) -> Tensor:
-        state, order, failed = form.turn(stack.read(side, 0, 1), dtype, first)
-        stack.write(side, 0, 1, state | {"failures": state["failures"] + failed.to(torch.int32)})
+        state, order = form.turn(stack.read(side, 0, 1), dtype, anew=first)
+        stack.write(side, 0, 1, state)
         return order[0]
 
 

@@ -37,7 +37,7 @@ def parameter_stats(own: Mapping[str, Any], forms: Forms | None) -> dict[str, An
         "nonfinite": own.get("nonfinite", 0),
         "bytes": sum(part.nbytes for key, part in own.items() if not key.startswith(BASE)),
     }
-    for side, form in zip(SIDES, forms or (None, None), strict=True):
+    for side, form in forms.sides() if forms else dict.fromkeys(SIDES).items():
         state: State = take(side, dict(own))
         found[f"{side}.updates"] = state["updates"].min() if state else 0
         found[f"{side}.failures"] = state["failures"].sum() if state else 0

@@ -21,7 +21,8 @@ from lowbit_optim.blocking import Blocking, Stack, blocking
 from lowbit_optim.linalg import each, full_precision
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import ONE_PERIOD, form
-from lowbit_optim.storage.factors import Factor, State
+from lowbit_optim.storage.factors import Factor, State, put
+from lowbit_optim.storage.moment import Moment
 
 SIDES = ("left", "right")
 
@@ -46,10 +47,19 @@ Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Forms(NamedTuple):
-    """The forms of the two factors of a block."""
+    """The forms of the two factors of a block, and of the gradient's moment in their eigenbases where one is kept."""
 
     left: Factor
     right: Factor
+    moment: Moment | None = None
+
+    def sides(self) -> Iterator[tuple[str, Factor]]:
+        """("left", its form), ("right", its form)."""
+        return zip(SIDES, (self.left, self.right), strict=True)
+
+    def roots(self, stack: Stack, start: int, stop: int, dtype: torch.dtype) -> list[Tensor]:
+        """Both roots of blocks start to stop, [k, r, r] and [k, c, c] in ``dtype``."""
+        return [form.root(stack.read(side, start, stop), dtype) for side, form in self.sides()]
 
 
 class Due(NamedTuple):
@@ -106,10 +116,6 @@ class Bucket:
                     limit = torch.finfo(parameter.grad.dtype).max
                     parameter.grad.copy_(part.clamp(-limit, limit).view_as(parameter))
 
-    def sides(self) -> Iterator[tuple[str, Factor]]:
-        """("left", its form), ("right", its form)."""
-        return zip(SIDES, self.forms, strict=True)
-
 
 def _joint_gradient(unit: tuple[Tensor, ...]) -> Tensor:
     """The gradient of a parameter, or of a weight and its bias as the last column: [first dim, the rest + 1]."""
@@ -148,10 +154,11 @@ def _form(order: int, min_quant_size: int, quantization: tuple[Any, ...] | None,
 def _factors(
     cut: Blocking, forms: Forms, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a parameter's factors before the first update, by their names in its state."""
-    for side, factor, order in zip(SIDES, forms, (cut.rows, cut.columns), strict=True):
-        for name, tensor in factor.init(cut.count, order, dtype, device).items():
-            yield f"{side}.{name}", tensor
+    """The tensors of a parameter's forms before the first update, by their names in its state."""
+    for (side, factor), order in zip(forms.sides(), (cut.rows, cut.columns), strict=True):
+        yield from put(side, factor.init(cut.count, order, dtype, device)).items()
+    if forms.moment is not None:
+        yield from put("moment", forms.moment.init(cut.count, cut.rows, cut.columns, dtype, device)).items()
 
 
 @lru_cache
@@ -171,7 +178,8 @@ class KroneckerPreconditioner(ABC):
 
     * "step": int64 scalar on the CPU, steps in which the parameter had a gradient;
     * "nonfinite": int64 scalar, gradient blocks that were replaced by zeros;
-    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks.
+    * "left.<name>", "right.<name>": the tensors of the factors' forms, stacked over the unit's blocks;
+    * "moment.<name>": likewise, where ``forms`` have one.
     """
 
     # What its optimizer calls settings of a factor, where that is not as in Shampoo.
@@ -193,6 +201,20 @@ class KroneckerPreconditioner(ABC):
     def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
         """The preconditioned blocks [k, r, c] from the roots [k, r, r] and [k, c, c]."""
         return left @ gradient @ right
+
+    def precondition(
+        self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks start to stop of the preconditioned gradient.
+
+        Args:
+            gradient, magnitude: as for ``statistics``.
+
+        Returns:
+            (X [k, r, c], e int32 [k]): the blocks are magnitude 2^e X.
+        """
+        (left, right), exponents = _without_exponents(part.forms.roots(stack, start, stop, part.dtype))
+        return self.apply(left, gradient, right), exponents
 
     def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """The parameters whose gradients are one matrix, if ``parameter`` is the first of them."""
@@ -310,9 +332,9 @@ class KroneckerPreconditioner(ABC):
             if part.due.update or part.due.refresh:
                 troubles[1] += self._update(part, stack, start, stop, own, magnitude[start:stop])
             if result is not None:
-                roots = [form.root(stack.read(side, start, stop), part.dtype) for side, form in part.sides()]
-                (left, right), exponents[start:stop] = _without_exponents(roots)
-                result[start:stop] = self.apply(left, own, right)
+                result[start:stop], exponents[start:stop] = self.precondition(
+                    part, stack, start, stop, own, magnitude[start:stop]
+                )
         if result is None:
             part.scatter(torch.where(each(good, blocks), blocks, 0.0))
             return troubles
@@ -333,8 +355,8 @@ class KroneckerPreconditioner(ABC):
         statistics = self.statistics(part, start, stop, gradient, magnitude) if due else (None, None)
         states = [stack.read(side, start, stop) for side in SIDES]
         dampings = self.dampings(part, states, statistics)
-        for side, factor, state, statistic, damping in zip(
-            SIDES, part.forms, states, statistics, dampings, strict=True
+        for (side, factor), state, statistic, damping in zip(
+            part.forms.sides(), states, statistics, dampings, strict=True
         ):
             before = state["failures"]
             if statistic is not None:

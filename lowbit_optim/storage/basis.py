@@ -54,16 +54,21 @@ class Basis:
         """Not estimated of a basis."""
         return
 
-    def turn(self, state: State, dtype: torch.dtype, first: bool) -> tuple[State, Tensor, Tensor]:
-        """Follow the statistic: by its decomposition at first, then by orthogonal iteration from the last basis.
+    def refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None = None) -> State:
+        """Decompose the statistic that is kept; no damping enters."""
+        return self.turn(state, dtype, anew=True)[0]
+
+    def turn(self, state: State, dtype: torch.dtype, *, anew: bool) -> tuple[State, Tensor]:
+        """Follow the statistic: by its decomposition, or by orthogonal iteration from the last basis.
 
         Returns:
-            (the state; the columns of the old basis by descending Rayleigh quotient, int64 [k, n]; failed [k]). Where
-            that failed, or there is no statistic yet, the basis stays, and so does the order.
+            (the state; the columns of the old basis in the order that the new ones follow, int64 [k, n]: by
+            descending Rayleigh quotient, or as they were if ``anew``). Where that failed, which "failures" counts, or
+            there is no statistic yet, the basis stays, and so does the order.
         """
         a, old = self.factor.statistic(state, dtype), self.root(state, dtype)
         unchanged = torch.arange(self.order, device=a.device).expand(len(a), -1)
-        if first:
+        if anew:
             order = unchanged
             _, new, ok = eigh(a)
             new = new.flip(-1)
@@ -73,4 +78,5 @@ class Basis:
         failed, ok = ~ok & (trace(a) > 0), ok & (trace(a) > 0)
         coded = put("basis", self.vectors.encode(torch.where(each(ok, new), new, old)))
         kept = {name: torch.where(each(ok, part), part, state[name]) for name, part in coded.items()}
-        return state | kept, torch.where(ok[:, None], order, unchanged), failed
+        failures = state["failures"] + failed.to(torch.int32)
+        return state | kept | {"failures": failures}, torch.where(ok[:, None], order, unchanged)

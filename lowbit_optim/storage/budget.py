@@ -46,7 +46,7 @@ _SQUARE: dict[float, Codec] = {
 }
 BITS = (32, *_TRIANGLE)
 
-# The average is rounded again at each update, and has to forget that, too: the fewer bits, the sooner. Of large factors.
+# beta where None is given. Each update rounds the average again, and that has to be forgotten, too.
 _DECAY: dict[float, float] = {2: 0.9, 1.5: 0.9, 1: 0.8}
 
 

@@ -36,6 +36,13 @@ def take(name: str, state: State) -> Parts:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
+def share(decay: float, updates: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1 - beta) / (1 - beta^t), [k]: the weight of the t-th of t in their average with weights beta^age."""
+    t = updates.clamp(min=1).to(dtype)
+    log_decay = math.log(decay) if decay else -math.inf
+    return (torch.full_like(t, 1 - decay) / -torch.expm1(t * log_decay)).clamp(max=1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factor(ABC):
     """What all forms share: the moving average of the statistics, and keeping the last good state.
@@ -131,16 +138,14 @@ class Factor(ABC):
         A and the magnitude are in units of unit^2 and unit, [k].
         """
         scale, old, new = magnitude.square(), trace(a), trace(m)
-        share = torch.full_like(scale, 1 - self.decay)
+        new_share = torch.full_like(scale, 1 - self.decay)
         if not self.initial_scale:
             reference = old.maximum((state["previous_norm"].to(old.dtype) / unit).square())
             outlier = (old > 0) & (scale * new > self.statistic_limit * reference)
             scale = torch.where(outlier, old / torch.where(new > 0, new, 1.0), scale)
-            log_decay = math.log(self.decay) if self.decay else -math.inf
-            t = state["updates"].clamp(min=1).to(share.dtype)
-            share = (share / -torch.expm1(t * log_decay)).clamp(max=1.0)
+            new_share = share(self.decay, state["updates"], scale.dtype)
         scale = scale.clamp(max=torch.finfo(m.dtype).max)
-        return each(1 - share, a) * a + each(share * scale, m) * m
+        return each(1 - new_share, a) * a + each(new_share * scale, m) * m
 
 
 def _plain(value: Any) -> Any:

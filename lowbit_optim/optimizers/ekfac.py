@@ -1,0 +1,135 @@
+"""EKFAC over any first-order optimizer, with factors and eigenbases in low-bit storage."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.linalg import each
+from lowbit_optim.optimizers.kfac import KFAC, KFACPreconditioner
+from lowbit_optim.optimizers.second_order import keywords
+from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
+from lowbit_optim.preconditioners.kronecker import SIDES, Bucket, Due, Forms, Group
+from lowbit_optim.storage import Quantization
+from lowbit_optim.storage.moment import Moment
+
+
+class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
+    """George et al. 2018: Q_G (Q_G^T dW Q_A / (m + damping max m)) Q_A^T, m the second moment of Q_G^T dW Q_A."""
+
+    form_keywords: ClassVar[dict[str, str]] = {"decay": "factor_decay"}
+
+    def forms(self, group: Group, cut: Blocking) -> Forms:
+        return super().forms(group, cut)._replace(moment=Moment(group["factor_decay"], group["damping"]))
+
+    def precondition(
+        self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The moment takes in every gradient, and what has no basis yet stays as it is."""
+        moment = part.forms.moment
+        assert moment is not None
+        left, right = part.forms.roots(stack, start, stop, part.dtype)
+        turned = left.mT @ gradient @ right
+        state = moment.update(stack.read("moment", start, stop), turned, magnitude)
+        stack.write("moment", start, stop, state)
+        divided, exponents = moment.divide(state, turned)
+        real = state["turns"] > 0
+        return torch.where(each(real, gradient), left @ divided @ right.mT, gradient), exponents.where(real, 0)
+
+    def _due(self, step: int, group: Group, forms: Forms) -> Due:
+        turn = group["precondition_frequency"] or group["statistics_frequency"]
+        return Due(step % group["statistics_frequency"] == 0, step % turn == 0, True)
+
+    def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
+        if not part.due.refresh:
+            return super()._update(part, stack, start, stop, gradient, magnitude)
+        moment = part.forms.moment
+        assert moment is not None
+        old = part.forms.roots(stack, start, stop, part.dtype)
+        failed = super()._update(part, stack, start, stop, gradient, magnitude)
+        new = part.forms.roots(stack, start, stop, part.dtype)
+        left, right = (n.mT @ o for n, o in zip(new, old, strict=True))
+        updates = [stack.read(side, start, stop)["updates"] for side in SIDES]
+        state = moment.turn(stack.read("moment", start, stop), left, right, (updates[0] > 0) & (updates[1] > 0))
+        stack.write("moment", start, stop, state)
+        return failed
+
+
+class EKFAC(KFAC):
+    r"""EKFAC (George et al. 2018) with low-bit factors and eigenbases in front of a first-order optimizer.
+
+    With L and R the averages of :class:`KFAC`, of the same layers, and :math:`Q_L, Q_R` their eigenvectors, the
+    gradient G of a weight (with its bias as the last column) is divided number by number in their coordinates, by the
+    average m of its squares there:
+
+    .. math::
+
+        G' = Q_L^T G Q_R, \quad m \leftarrow \beta m + (1 - \beta) \, G'^2, \quad
+        \hat G = Q_L \frac{G'}{m + \lambda \max m} Q_R^T, \quad \tilde G = \hat G \, \|G\|_F / \|\hat G\|_F
+
+    with :math:`\beta` = ``factor_decay`` and :math:`\lambda` = ``damping``; m is divided by :math:`1 - \beta^t` after t
+    gradients. It is of gradients of whole batches, as in the variant that the paper calls EKFAC-ra. Where m is a
+    product of eigenvalues of L and R, up to a factor, this is K-FAC but for the damping.
+
+    L and R are decomposed every ``precondition_frequency`` steps. m then follows the bases as if the numbers of G' had
+    been uncorrelated; with :math:`S = Q_{L,new}^T Q_L` and :math:`T = Q_{R,new}^T Q_R`:
+
+    .. math::
+
+        m_{ab} \leftarrow \sum_{ij} S_{ai}^2 \, m_{ij} \, T_{bj}^2
+
+    Until a weight has its first bases its base runs alone, and m is the average of the squares of G itself. m is kept
+    in float32 (float64 for float64 parameters): 4 bytes per parameter, whatever ``bits`` are.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate, handed to the base. Default 1e-3.
+        model: the module whose layers they are of. Hooks are added to it; ``close()`` removes them.
+        base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        bits: of each stored n x n matrix, factors and bases alike. Default 4.
+        storage, quantization, layout, precondition, min_quant_size, statistic_limit, graft, workspace: as for
+            :class:`Shampoo`.
+        basis, rectify_basis: as for :class:`SOAP`.
+        statistics_frequency: steps between statistics updates. Default 200.
+        precondition_frequency: steps between decompositions. Default None: ``statistics_frequency``.
+        factor_decay: decay of L and R at each statistic, and of m at each step. Default 0.9.
+        damping: lambda, relative to the largest m of a layer (of a group of a convolution). Default 0.001.
+        sharing: as for :class:`KFAC`.
+        **base_kwargs: options of the base optimizer.
+
+    Raises:
+        ValueError: a setting outside its range, two that exclude each other, a model without a supported layer, a
+            parameter that is not the model's.
+        TypeError: no model; a keyword that neither EKFAC nor its base knows.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        *,
+        model: nn.Module | None = None,
+        base: str | type[Optimizer] = "adamw",
+        bits: float = 4,
+        storage: str = "root",
+        basis: str = "reflector",
+        quantization: Quantization | None = None,
+        layout: str = "triangle",
+        precondition: bool = True,
+        min_quant_size: int = 4096,
+        statistics_frequency: int = 200,
+        precondition_frequency: int | None = None,
+        factor_decay: float = 0.9,
+        damping: float = 1e-3,
+        statistic_limit: float = 4.0,
+        rectify_basis: int = 4,
+        graft: bool = True,
+        workspace: int = 256 * 2**20,
+        sharing: str = "expand",
+        **base_kwargs: Any,
+    ) -> None:
+        settings = keywords(locals(), "model", "sharing")
+        # No grad_scale: a statistic's scale changes no eigenvector.
+        self._begin(params, EKFACPreconditioner(sharing), settings, base, base_kwargs, model, None)
