@@ -59,8 +59,8 @@ class Shampoo(SecondOrder):
             ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that period
             for them, else 500. The first root comes with the first such step: until then the base runs alone.
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
-        shampoo_beta: decay of the statistics. Default None: 0.95, but 0.9 for factors in codes of bits=2 or 1.5 and 0.8
-            at bits=1, for what rounding leaves in an average has to decay, too.
+        shampoo_beta: decay of the statistics. Default None: 0.95, but 0.8 for factors in codes of bits=1, for what
+            rounding leaves in an average has to decay, too.
         matrix_eps: ridge relative to a factor's largest eigenvalue. Default 1e-6.
         initial_scale: factors start as this times I, and are not divided by 1 - beta^t; at 0, the default, they start
             with the first statistic that is not zero.

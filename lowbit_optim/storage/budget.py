@@ -46,8 +46,8 @@ _SQUARE: dict[float, Codec] = {
 }
 BITS = (32, *_TRIANGLE)
 
-# beta where None is given. Each update rounds the average again, and that has to be forgotten, too.
-_DECAY: dict[float, float] = {2: 0.9, 1.5: 0.9, 1: 0.8}
+# beta where None is given, if not 0.95. Each update rounds the average again, and that has to be forgotten, too.
+_DECAY: dict[float, float] = {1: 0.8}
 
 
 def basis_vectors(basis: str, bits: float, quantization: Quantization | None, quantized: bool) -> Rows | Reflectors:
