@@ -294,3 +294,24 @@ def test_what_is_not_preconditioned_is_the_base_bitwise(base, dtype):
         optimizer.step()
         reference.step()
     assert same(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "beta"),
+    [
+        ({"bits": 1}, 0.8),
+        ({"bits": 2}, 0.95),
+        ({"bits": 32}, 0.95),
+        ({"bits": 1, "min_quant_size": 4096}, 0.95),
+        ({"bits": 1, "quantization": Quantization(2, "nf", 64)}, 0.95),
+    ],
+    ids=["one bit", "two bits", "dense", "uncoded", "codes that are given"],
+)
+def test_the_default_decay_is_shorter_for_codes_of_one_bit(settings, beta):
+    start, grads = np.zeros((36, 36)), gradients((36, 36), 12)
+    by_default, as_said, other = (
+        follow(start, grads, **{"min_quant_size": 256, **settings, **more})
+        for more in ({}, {"shampoo_beta": beta}, {"shampoo_beta": 0.5})
+    )
+    assert np.array_equal(by_default, as_said)
+    assert not np.array_equal(by_default, other)
