@@ -147,6 +147,24 @@ def test_maximize_climbs(make):
     assert same_models(up, down)
 
 
+@each_class
+def test_an_error_of_the_base_leaves_the_weights(make):
+    """At the first step and later, for example where AdamW finds that it cannot be captured."""
+    for steps in (0, 3):
+        model, optimizer = run(make, steps)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        backward(model, steps)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(AssertionError, match="capturable"):
+            optimizer.step()
+        assert same([p.detach() for p in model.parameters()], before)
+        for group in optimizer.param_groups:
+            group["capturable"] = False
+        train(model, optimizer, range(steps, steps + 4))
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 class NewtonLike(torch.optim.LBFGS):
     """A closure is what its step begins with."""
 
