@@ -59,6 +59,27 @@ def test_tied_parameters_are_one(make, module):
 
 
 @each_class
+def test_a_parameter_listed_twice_is_refused(make):
+    """In two groups as torch does; in one group torch only warns, and steps twice."""
+    model = net()
+    weight = model.hidden.weight
+    others = [p for p in model.parameters() if p is not weight]
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        make(model, [{"params": [weight]}, {"params": [weight]}])
+    optimizer = make(model, others)
+    train(model, optimizer, range(2))
+    before = copies(optimizer)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [model.head.weight]})
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="same parameter twice"):
+        optimizer.add_param_group({"params": [weight, weight]})
+    assert same(copies(optimizer), before)
+    optimizer.add_param_group({"params": [weight]})
+    train(model, optimizer, range(2, 4))
+    assert int(optimizer.state[weight]["step"]) == 2
+
+
+@each_class
 def test_empty_parameters_change_nothing(make):
     """Parameters of no elements, some with gradients: nothing else notices, and they resume."""
 
