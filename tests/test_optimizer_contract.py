@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import lowbit_optim
+from lowbit_optim import KFAC
 from tests.contract import (
     CLASSES,
     OPTIMIZERS,
@@ -346,6 +347,32 @@ def test_defaults_are_what_schedulers_look_at():
     assert "lr: 0.01" in repr(sgd)
 
 
+def scaled(make, model, scaler):
+    """With the scale, for those whose hooks see scaled gradients."""
+    return make(model, grad_scale=scaler.get_scale) if issubclass(make.optimizer, KFAC) else make(model)
+
+
+@each_class
+@pytest.mark.parametrize("unscale", [True, False], ids=["unscaled-before", "unscaled-by-step"])
+def test_a_grad_scaler_and_its_overflow_step_change_nothing(make, unscale):
+    """A power of two as scale changes nothing, nor does a step with an infinite gradient, which halves it."""
+    model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = scaled(make, model, scaler)
+    for step, overflow in enumerate([False, False, False, True, False, False, False]):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step - (step > 3))).backward()
+        if overflow:
+            model.hidden.weight.grad[3, 5] = torch.inf
+        before = copies(optimizer)
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(copies(optimizer), before) == overflow
+    assert scaler.get_scale() == 2.0**9
+    assert same_models(model, run(make, 6)[0])
+
+
 @each_class
 @pytest.mark.parametrize("fused", [True, False])
 def test_no_part_in_amp_scaling_is_claimed(make, fused):
@@ -358,25 +385,3 @@ def test_no_part_in_amp_scaling_is_claimed(make, fused):
     model.head.bias.grad[0] = torch.nan
     scaler.step(optimizer)
     assert same(copies(optimizer), before)
-
-
-@each_class
-def test_grad_scaler(make):
-    """A power of two as scale changes nothing; a step with an infinite gradient touches nothing."""
-    model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer = make(model)
-    for step in range(6):
-        model.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-    assert same_models(model, run(make, 6)[0])
-
-    before = copies(optimizer)
-    backward(model, 6)
-    model.hidden.weight.grad[3, 5] = torch.inf
-    scaler.step(optimizer)
-    scaler.update()
-    assert same(copies(optimizer), before)
-    assert scaler.get_scale() == 2.0**9
