@@ -5,6 +5,8 @@ import os
 import hypothesis
 import torch
 
+pytest_plugins = ["tests.conformance", "pytester"]
+
 hypothesis.settings.register_profile("local", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")

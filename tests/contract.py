@@ -21,6 +21,7 @@ def of_parameters(optimizer, **settings):
         own = model.parameters() if isinstance(model, nn.Module) else model
         return optimizer(own if params is None else params, **{**settings, **more})
 
+    make.optimizer = optimizer
     return make
 
 
@@ -31,6 +32,7 @@ def of_a_model(optimizer, **settings):
         own = model.parameters() if params is None else params
         return optimizer(own, model=model, **{**settings, **more})
 
+    make.optimizer = optimizer
     return make
 
 
@@ -54,7 +56,8 @@ LAYERED = {
     "kfac": of_a_model(KFAC, **small),
     "kfac-32-bits": of_a_model(KFAC, **small, **sgd, bits=32, storage="eigen", precondition_frequency=3),
     "kfac-absolute": of_a_model(KFAC, **small, damping_rule="absolute", graft=False, sharing="reduce", bits=4),
-    "adabk": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
+    "adabk": of_a_model(AdaBK, **small),
+    "adabk-logarithm": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
     "ekfac": of_a_model(EKFAC, **small),
     "ekfac-eigen": of_a_model(
         EKFAC, **small, **sgd, precondition_frequency=4, storage="cholesky", basis="eigen", graft=False, damping=0.1
@@ -70,7 +73,10 @@ def each(names):
 
 each_optimizer = each(OPTIMIZERS)
 each_of_parameters = each(name for name in OPTIMIZERS if name not in LAYERED)  # make([parameter, ...]), too
-each_quickly = each(["shampoo", "shampoo-eigen", "kfac"])
+# One of each class over AdamW, and the published Shampoo.
+CLASSES = ["shampoo", "shampoo-eigen", "caspr", "kfac", "adabk", "ekfac", "soap"]
+each_class = each(CLASSES)
+each_but_soap = each(CLASSES[:-1])  # whose base is AdamW, always
 
 
 # For the small model, at 4 bits, which every storage but dense supports.

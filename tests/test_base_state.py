@@ -31,7 +31,7 @@ idle = {"statistics_frequency": 1000, "start_preconditioning_step": 1000}
 @each_base
 @each_made
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_there_and_back(made, name, base, options, dtype):
+def test_moments_move_from_the_base_and_back(made, name, base, options, dtype):
     reference, _ = run(lambda m: base(m.parameters(), lr=0.01, **options), 9, net(dtype))
     model = net(dtype)
     first = base(model.parameters(), lr=0.01, **options)

@@ -550,34 +550,6 @@ def test_the_report():
     assert "no layer" in report["norm.weight"]
 
 
-def test_parameters_swapped_in_the_model_and_the_groups():
-    """As accelerate does, and with their state, as moving a model by hand would."""
-
-    def swap(model, optimizer):
-        replacement = {p: nn.Parameter(p.detach().clone()) for p in model.parameters()}
-        for module in (model[0], model[2]):
-            module.weight, module.bias = replacement[module.weight], replacement[module.bias]
-        for old, new in replacement.items():
-            if old in optimizer.state:
-                optimizer.state[new] = optimizer.state.pop(old)
-        for group in optimizer.param_groups:
-            group["params"] = [replacement[p] for p in group["params"]]
-
-    (model, optimizer), (other, same_from_the_start) = fresh(), fresh()
-    for o in (optimizer, same_from_the_start):
-        o.param_groups[0]["statistics_frequency"] = 3
-    swap(model, optimizer)
-    for step in range(4):
-        if step == 2:  # with statistics due in the next step
-            swap(model, optimizer)
-        for m, o in ((model, optimizer), (other, same_from_the_start)):
-            o.zero_grad()
-            loss(m, X + step).backward()
-            o.step()
-    assert same(list(model.parameters()), list(other.parameters()))
-    assert same(optimizer.state_dict()["state"], same_from_the_start.state_dict()["state"])
-
-
 def test_a_weight_and_its_bias_keep_their_norm_together():
     model, optimizer = fresh()
     loss(model, X).backward()

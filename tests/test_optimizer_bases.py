@@ -2,13 +2,27 @@
 
 import io
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lowbit_optim import Shampoo
-from tests.contract import each_optimizer, net, run, same, same_models, shampoo, tensors, train
+from tests.contract import (
+    backward,
+    each_but_soap,
+    each_class,
+    each_optimizer,
+    loss_of,
+    net,
+    run,
+    same,
+    same_models,
+    shampoo,
+    tensors,
+    train,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +100,118 @@ def test_bitsandbytes_there_and_back():
     assert same_models(model, reference)
 
 
+@each_class
 @pytest.mark.parametrize(
-    "options", [{"fused": True}, {"foreach": True}, {"foreach": False}, {"amsgrad": True}], ids=str
+    ("key", "value"),
+    [
+        ("maximize", True),
+        ("foreach", True),
+        ("foreach", False),
+        ("fused", True),
+        ("capturable", True),
+        ("amsgrad", True),
+        ("lr", torch.tensor(0.02)),
+    ],
 )
-def test_options_of_the_base(options):
+def test_options_are_handed_to_the_base(make, key, value):
+    """Without preconditioning the trajectory is that of torch's AdamW with the option, and so are its errors."""
+    options = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1, key: value}
     mine, theirs = net(), net()
-    train(mine, Shampoo(mine.parameters(), lr=0.01, precondition=False, **options), range(5))
-    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01, **options), range(5))
+    optimizer = make(mine, precondition=False, **options)
+    reference = torch.optim.AdamW(theirs.parameters(), **options)
+    assert optimizer.param_groups[0][key] is optimizer.base.param_groups[0][key] is value
+    for model, own in ((mine, optimizer), (theirs, reference)):
+        # On the CPU nothing can be captured.
+        refused = pytest.raises(AssertionError, match="capturable") if key == "capturable" else nullcontext()
+        with refused:
+            train(model, own, range(5))
     assert same_models(mine, theirs)
+
+
+@each_class
+def test_a_tensor_rate_that_the_base_refuses(make):
+    """With the base's own error."""
+    with pytest.raises(ValueError, match="lr as a Tensor"):
+        make(net(), lr=torch.tensor(0.01), foreach=True)
+
+
+@each_class
+def test_maximize_climbs(make):
+    """Climbing with one sign of the loss is going down with the other, preconditioned, too."""
+    up, down = net(), net()
+    for model, optimizer, sign in ((up, make(up, maximize=True), -1), (down, make(down), 1)):
+        for step in range(6):
+            model.zero_grad()
+            (sign * loss_of(model, step)).backward()
+            optimizer.step()
+    assert same_models(up, down)
+
+
+@each_class
+def test_an_error_of_the_base_leaves_the_weights(make):
+    """At the first step and later, for example where AdamW finds that it cannot be captured."""
+    for steps in (0, 3):
+        model, optimizer = run(make, steps)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        backward(model, steps)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(AssertionError, match="capturable"):
+            optimizer.step()
+        assert same([p.detach() for p in model.parameters()], before)
+        for group in optimizer.param_groups:
+            group["capturable"] = False
+        train(model, optimizer, range(steps, steps + 4))
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+class NewtonLike(torch.optim.LBFGS):
+    """A closure is what its step begins with."""
+
+
+class Climber(torch.optim.SGD):
+    """As SAM: one half of a step at the weights, the other at weights near by."""
+
+    def first_step(self):
+        raise NotImplementedError
+
+    def second_step(self):
+        raise NotImplementedError
+
+    def step(self, closure=None):
+        assert closure is not None
+
+
+class Asker(torch.optim.SGD):
+    """Evaluates the loss where it likes."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+@each_but_soap
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, NewtonLike, Climber, Asker])
+def test_a_base_that_needs_a_closure_is_refused(make, base):
+    """Preconditioned gradients are those of one point; refused at construction. SOAP has no other base than AdamW."""
+    model = net()
+    with pytest.raises(ValueError, match=f"{base.__name__}.*without a closure"):
+        make(model, base=base)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@each_class
+def test_differentiable_is_refused(make):
+    """As an option, in a group and in a later group: the step is in place, and autograd cannot go through it."""
+    model = net()
+    with pytest.raises(ValueError, match=r"differentiable=True.*in place"):
+        make(model, differentiable=True)
+    with pytest.raises(ValueError, match=r"differentiable=True.*in place"):
+        make(model, [{"params": model.hidden.parameters(), "differentiable": True}])
+    optimizer = make(model, model.hidden.parameters(), differentiable=False)
+    with pytest.raises(ValueError, match=r"differentiable=True.*in place"):
+        optimizer.add_param_group({"params": model.head.parameters(), "differentiable": True})
+    assert len(optimizer.param_groups) == 1
 
 
 class Careful(torch.optim.SGD):

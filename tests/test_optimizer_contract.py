@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lowbit_optim import Shampoo
+import lowbit_optim
+from lowbit_optim import KFAC
 from tests.contract import (
-    Net,
+    CLASSES,
+    OPTIMIZERS,
     backward,
     copies,
-    each,
-    each_of_parameters,
+    each_class,
     each_optimizer,
-    each_quickly,
     loss_of,
     net,
     random,
@@ -24,7 +24,12 @@ from tests.contract import (
     train,
 )
 
-FACTORED = ("conv.weight", "hidden.weight", "head.weight")
+
+def test_every_public_optimizer_keeps_the_contract():
+    """One that is missing here would be tested nowhere."""
+    public = [getattr(lowbit_optim, name) for name in lowbit_optim.__all__]
+    optimizers = {one for one in public if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)}
+    assert {OPTIMIZERS[name].optimizer for name in CLASSES} == optimizers
 
 
 # ---------------------------------------------------------------------------------------------------- a step
@@ -48,7 +53,7 @@ def test_a_run_repeats_to_the_last_bit(make):
 
 
 @each_optimizer
-def test_closure(make):
+def test_a_closure_is_called_once_and_its_loss_returned(make):
     """Called once, with gradients enabled, and its loss returned."""
     model, calls = net(), []
     optimizer = make(model)
@@ -66,20 +71,24 @@ def test_closure(make):
     assert optimizer.step() is None
 
 
-@each(["shampoo", "shampoo-eigen"])
+@each_class
 def test_the_gradient_is_changed_in_place(make):
-    """As by clipping: afterwards p.grad is what the base has seen, and has the norm of the raw gradient."""
+    """As by clipping: afterwards p.grad is what the base has seen, and has the norm of the raw gradient.
+
+    K-FAC and its kin keep the norm of a weight and its bias together.
+    """
     model = net()
     optimizer = make(model)
     for step in range(5):
         backward(model, step)
-        raw = {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+        raw = {p: (p.grad, p.grad.clone()) for p in model.parameters()}
         optimizer.step()
-    for name, parameter in model.named_parameters():
-        held, before = raw[name]
-        assert parameter.grad is held
-        assert parameter.grad.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
-        assert same(parameter.grad, before) == (name not in FACTORED)
+    for layer in (model.conv, model.norm, model.hidden, model.head):
+        own = list(layer.parameters())
+        assert all(p.grad is raw[p][0] for p in own)
+        before, after = (torch.cat([g.flatten() for g in x]) for x in ([raw[p][1] for p in own], [p.grad for p in own]))
+        assert after.norm().item() == pytest.approx(before.norm().item(), rel=1e-5)
+        assert same(layer.weight.grad, raw[layer.weight][1]) == (layer is model.norm)
 
 
 def test_the_base_sees_the_preconditioned_gradient():
@@ -91,9 +100,9 @@ def test_the_base_sees_the_preconditioned_gradient():
         assert same(parameter.detach(), old - 0.5 * parameter.grad)
 
 
-@each_quickly
+@each_class
 @pytest.mark.parametrize("how", [True, False], ids=["to-none", "to-zeros"])
-def test_zero_grad(make, how):
+def test_zero_grad_to_none_and_to_zeros(make, how):
     model, optimizer = run(make, 3)
     optimizer.zero_grad(set_to_none=how)
     assert all(p.grad is None if how else not p.grad.any() for p in model.parameters())
@@ -113,30 +122,46 @@ def test_a_parameter_without_a_gradient_is_left_alone(make):
     assert frozen not in optimizer.state
 
 
-@each_of_parameters
-def test_no_gradient_at_all(make):
-    make([nn.Parameter(torch.zeros(3, 3))]).step()
+@each_optimizer
+def test_a_step_without_gradients_does_nothing(make):
+    model = net()
+    optimizer = make(model)
+    optimizer.step()
+    assert same_models(model, net())
+    assert not optimizer.state
 
 
-@each(["shampoo", "shampoo-eigen"])
-def test_gradients_now_and_then(make):
-    """Steps of a parameter count only when it has a gradient, as if it were alone."""
-    shapes = [(40, 30), (30, 50), (20,)]
-    parameters, alone = ([nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(2))
-    together, single = make(parameters), [make([p]) for p in alone]
-    for step in range(12):
-        for index, shape in enumerate(shapes):
-            has_one = step % (index + 2) > 0
-            parameters[index].grad = random(*shape, seed=step) if has_one else None
-            if has_one:
-                alone[index].grad = random(*shape, seed=step)
-                single[index].step()
-        together.step()
-    assert same(parameters, alone)
-    assert [int(together.state[p]["step"]) for p in parameters] == [6, 8, 9]
+@each_class
+def test_zero_gradients_do_no_harm(make):
+    """At first they change nothing, and later they do no harm."""
+    model = net()
+    optimizer = make(model, weight_decay=0.0)
+    for step in range(10):
+        model.zero_grad()
+        (loss_of(model, step) * (step >= 5 and step != 7)).backward()
+        optimizer.step()
+        assert same_models(model, net()) == (step < 5)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@each_quickly
+@each_class
+def test_a_nan_in_a_gradient_makes_it_zero(make, caplog):
+    """At a step that takes statistics and at another; it is counted, and said once."""
+    (spoilt, first), (zeroed, second) = ((model, make(model)) for model in (net(), net()))
+    for step in range(8):
+        for model, optimizer in ((spoilt, first), (zeroed, second)):
+            backward(model, step)
+            if step in (3, 4):
+                model.hidden.weight.grad.zero_()
+                if model is spoilt:
+                    model.hidden.weight.grad[3, 5] = torch.nan
+            optimizer.step()
+    assert same_models(spoilt, zeroed)
+    assert int(first.state[spoilt.hidden.weight]["nonfinite"]) == 2
+    assert len(caplog.messages) == 1
+
+
+@each_class
 def test_under_autocast_and_inference_settings(make):
     """What the user set for his model does not reach the preconditioner."""
     model, expected = net(), run(make, 5)[0]
@@ -194,6 +219,23 @@ def test_add_param_group_after_steps(make):
     assert {int(optimizer.state[p]["step"]) for p in model.parameters()} == {3, 6}
 
 
+@each_class
+def test_bits_of_each_group(make):
+    """A group's state is that of an optimizer with these bits everywhere; at a rate of zero, for the same gradients."""
+
+    def states(body_bits, head_bits):
+        model = net()
+        body = [p for name, p in model.named_parameters() if not name.startswith("head")]
+        groups = [{"params": body, "bits": body_bits}, {"params": list(model.head.parameters()), "bits": head_bits}]
+        optimizer = make(model, groups, lr=0.0, min_quant_size=0, quantization=None)
+        train(model, optimizer, range(6))
+        return [dict(optimizer.state[p]) for p in (model.hidden.weight, model.head.weight)]
+
+    eight, three = states(8, 8), states(3, 3)
+    assert same(states(8, 3), [eight[0], three[1]])
+    assert not same(eight[1], three[1])
+
+
 def test_each_keyword_per_group():
     names = ["four", "two", "sixteen", "dense", "eigen", "blocks", "base", "later", "plain"]
     groups = {name: {"params": [nn.Parameter(torch.zeros(48, 40))]} for name in names}
@@ -234,46 +276,15 @@ def test_each_keyword_per_group():
     assert len({tuple(p.flatten().tolist()) for p in moved.values()}) == len(moved)
 
 
-def test_named_parameters():
+@each_class
+def test_named_parameters(make):
     model = net()
-    optimizer = shampoo(model.named_parameters())
+    optimizer = make(model, model.named_parameters())
     train(model, optimizer, range(4))
     assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     assert optimizer.state_dict()["param_groups"][0]["param_names"][0] == "conv.weight"
-    assert same_models(model, run(shampoo, 4)[0])
-
-
-def test_tied_parameters_are_one():
-    class Tied(Net):
-        def __init__(self):
-            super().__init__()
-            self.again = self.hidden
-
-        def forward(self, images):
-            x = self.norm(self.conv(images).flatten(1))
-            return self.head(torch.tanh(self.hidden(x) + self.again(2 * x)))
-
-    model = Tied()
-    optimizer = shampoo(model.parameters())
-    train(model, optimizer, range(4))
-    assert len(optimizer.state) == len(list(model.parameters())) == 7
-    assert int(optimizer.state[model.again.weight]["step"]) == 4
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [model.again.weight]})
-    assert len(optimizer.param_groups) == 1
-
-
-@each_of_parameters
-def test_parameters_swapped_in_the_groups_are_the_ones_updated(make):
-    """accelerate puts other Parameter objects into the groups that it is given."""
-    old, model = net(), net()
-    optimizer = make(old)
-    replacement = dict(zip(old.parameters(), model.parameters(), strict=True))
-    for group in optimizer.param_groups:
-        group["params"] = [replacement[p] for p in group["params"]]
-    train(model, optimizer, range(5))
-    assert same_models(model, run(make, 5)[0])
-    assert same_models(old, net())
+    assert list(optimizer.stats()) == [name for name, _ in model.named_parameters()]
+    assert same_models(model, run(make, 4)[0])
 
 
 # ----------------------------------------------------------------------------------- schedulers and scalers
@@ -288,16 +299,26 @@ def schedulers():
     yield "chained", lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), cosine(o, T_max=4)], [2])
 
 
-@pytest.mark.parametrize("schedule", [pytest.param(make, id=name) for name, make in schedulers()])
-@pytest.mark.parametrize("settings", [{}, {"base": "sgd", "momentum": 0.9}], ids=["adamw", "sgd"])
+@each_class
+@pytest.mark.parametrize("schedule", [pytest.param(made, id=name) for name, made in schedulers()])
 @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
-def test_learning_rate_schedulers(schedule, settings, tensor):
+def test_schedulers_with_float_and_tensor_rates(make, schedule, tensor):
     """The base obeys: without preconditioning the trajectory is that of torch's optimizer under the same scheduler."""
-    base = {"lr": torch.tensor(0.01) if tensor else 0.01, **{k: v for k, v in settings.items() if k != "base"}}
+    follow_torch(make, torch.optim.AdamW, schedule, tensor, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+@pytest.mark.parametrize("schedule", [pytest.param(made, id=name) for name, made in schedulers()])
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+def test_schedulers_over_sgd(schedule, tensor):
+    """Whose momentum they change."""
+    follow_torch(OPTIMIZERS["shampoo-sgd"], torch.optim.SGD, schedule, tensor, momentum=0.9, nesterov=True)
+
+
+def follow_torch(make, base, schedule, tensor, **options):
     mine, theirs = net(), net()
-    optimizer = Shampoo(mine.parameters(), **{**base, **settings}, precondition=False)
-    lr = base["lr"].clone() if tensor else 0.01
-    reference = (torch.optim.SGD if settings else torch.optim.AdamW)(theirs.parameters(), **{**base, "lr": lr})
+    rates = [torch.tensor(0.01) if tensor else 0.01 for _ in range(2)]
+    optimizer = make(mine, lr=rates[0], precondition=False, **options)
+    reference = base(theirs.parameters(), lr=rates[1], **options)
     for model, own in ((mine, optimizer), (theirs, reference)):
         scheduler = schedule(own)
         for step in range(7):
@@ -309,6 +330,14 @@ def test_learning_rate_schedulers(schedule, settings, tensor):
     assert float(optimizer.param_groups[0]["lr"]) != 0.01
 
 
+@each_class
+def test_a_tensor_rate_is_as_good_as_a_float(make):
+    """The steps of a preconditioned model are those of the same number as a float."""
+    model, _ = run(lambda m: make(m, lr=torch.tensor(2.0**-7, dtype=torch.float64)), 6, net(torch.float64))
+    expected, _ = run(lambda m: make(m, lr=2.0**-7), 6, net(torch.float64))
+    assert same_models(model, expected)
+
+
 def test_defaults_are_what_schedulers_look_at():
     assert {"lr", "betas", "bits", "foreach"} <= shampoo(net().parameters()).defaults.keys()
     sgd = shampoo(net().parameters(), base="sgd", momentum=0.8)
@@ -318,23 +347,41 @@ def test_defaults_are_what_schedulers_look_at():
     assert "lr: 0.01" in repr(sgd)
 
 
-@each_quickly
-def test_grad_scaler(make):
-    """A power of two as scale changes nothing; a step with an infinite gradient touches nothing."""
+def scaled(make, model, scaler):
+    """With the scale, for those whose hooks see scaled gradients."""
+    return make(model, grad_scale=scaler.get_scale) if issubclass(make.optimizer, KFAC) else make(model)
+
+
+@each_class
+@pytest.mark.parametrize("unscale", [True, False], ids=["unscaled-before", "unscaled-by-step"])
+def test_a_grad_scaler_and_its_overflow_step_change_nothing(make, unscale):
+    """A power of two as scale changes nothing, nor does a step with an infinite gradient, which halves it."""
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer = make(model)
-    for step in range(6):
-        model.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        scaler.unscale_(optimizer)
+    optimizer = scaled(make, model, scaler)
+    for step, overflow in enumerate([False, False, False, True, False, False, False]):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step - (step > 3))).backward()
+        if overflow:
+            model.hidden.weight.grad[3, 5] = torch.inf
+        before = copies(optimizer)
+        if unscale:
+            scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
+        assert same(copies(optimizer), before) == overflow
+    assert scaler.get_scale() == 2.0**9
     assert same_models(model, run(make, 6)[0])
 
-    before = copies(optimizer)
-    backward(model, 6)
-    model.hidden.weight.grad[3, 5] = torch.inf
+
+@each_class
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_part_in_amp_scaling_is_claimed(make, fused):
+    """A fused AdamW tells a scaler that it unscales by itself; here its gradients must be unscaled before."""
+    model, optimizer = run(lambda m: make(m, fused=fused), 2)
+    assert getattr(optimizer.base, "_step_supports_amp_scaling", False) == fused
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+    scaler, before = torch.amp.GradScaler("cpu"), copies(optimizer)
+    scaler.scale(loss_of(model, 2)).backward()
+    model.head.bias.grad[0] = torch.nan
     scaler.step(optimizer)
-    scaler.update()
     assert same(copies(optimizer), before)
-    assert scaler.get_scale() == 2.0**9

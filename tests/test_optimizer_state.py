@@ -12,11 +12,9 @@ from torch.optim import lr_scheduler
 
 from lowbit_optim import Quantization, Shampoo, presets
 from tests.contract import (
-    OPTIMIZERS,
     copies,
-    each,
+    each_class,
     each_optimizer,
-    each_quickly,
     net,
     random,
     run,
@@ -53,7 +51,7 @@ def resumed(make, model, state_dict):
 
 @each_optimizer
 @each_dtype
-def test_save_load_continue(make, dtype):
+def test_saved_loaded_and_continued_to_the_last_bit(make, dtype):
     """Codes stay uint8, scales float32, counters int64, although torch casts what it loads to the parameter's dtype."""
     model, optimizer = run(make, 5, net(dtype))
     state_dict = optimizer.state_dict()
@@ -96,7 +94,7 @@ def test_load_before_the_first_step(make):
     assert same_models(model, run(make, 8)[0])
 
 
-@each_quickly
+@each_class
 def test_load_over_other_state(make):
     model, optimizer = run(make, 4)
     other_model, other = run(make, 3, net(seed=1))
@@ -108,7 +106,7 @@ def test_load_over_other_state(make):
     assert same(other.state_dict(), fresh)
 
 
-@each_quickly
+@each_class
 def test_load_what_has_seen_only_some_gradients(make):
     model = net()
     model.hidden.weight.requires_grad_(False)
@@ -123,7 +121,7 @@ def test_load_what_has_seen_only_some_gradients(make):
 @each_optimizer
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("steps", [0, 5])
-def test_deepcopy_and_pickle(make, how, steps):
+def test_deepcopy_and_pickle_continue_alike(make, how, steps):
     model, optimizer = run(make, steps)
     other_model, other = how((model, optimizer))
     assert type(other) is type(optimizer)
@@ -157,10 +155,10 @@ def test_distributed_checkpoint_state_dicts(make, flat, steps):
     assert same_models(model, other_model)
 
 
-@each(["shampoo", "shampoo-eigen"])
+@each_class
 def test_groups_and_schedule_come_back(make):
     def both(model):
-        optimizer = make([{"params": model.hidden.parameters(), "lr": 0.02, "shampoo_beta": 0.8}])
+        optimizer = make(model, [{"params": model.hidden.parameters(), "lr": 0.02, "min_quant_size": 0}])
         optimizer.add_param_group({"params": model.head.parameters(), "precondition": False})
         return optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=[0.02, 0.01], total_steps=12)
 
@@ -183,18 +181,20 @@ def test_groups_and_schedule_come_back(make):
     assert same_models(model, other_model)
 
 
-def test_settings_come_with_the_state():
+@each_class
+def test_settings_come_with_the_state(make):
     """As in every torch optimizer; but not how the state is stored (below)."""
-    model, optimizer = run(lambda p: shampoo(p, betas=(0.8, 0.9), shampoo_beta=0.7), 4)
-    other_model, other = resumed(lambda p: shampoo(p, lr=0.5), model, optimizer.state_dict())
+    model, optimizer = run(lambda m: make(m, betas=(0.8, 0.9), statistics_frequency=1), 4)
+    other_model, other = resumed(lambda m: make(m, lr=0.5), model, optimizer.state_dict())
     train(model, optimizer, range(4, 8))
     train(other_model, other, range(4, 8))
     assert same_models(model, other_model)
 
 
-def test_hooks_of_loading():
+@each_class
+def test_hooks_of_loading_are_called(make):
     """A pre hook sees tensors, and may adapt a state dict that would not fit."""
-    model, optimizer = run(shampoo, 4)
+    model, optimizer = run(make, 4)
     seen = []
 
     def adapt(_, state_dict):
@@ -202,7 +202,7 @@ def test_hooks_of_loading():
         return {**state_dict, "param_groups": state_dict["param_groups"][:1]}
 
     other_model = copy.deepcopy(model)
-    other = shampoo(other_model.parameters())
+    other = make(other_model)
     other.register_load_state_dict_pre_hook(adapt)
     other.register_load_state_dict_post_hook(lambda o: seen.append(len(o.state)))
     state_dict = optimizer.state_dict()
@@ -214,14 +214,35 @@ def test_hooks_of_loading():
     assert len(seen) == 2 * saw
 
 
-def test_the_state_dict_is_the_live_state():
+@each_class
+def test_the_state_dict_is_the_live_state(make):
     """As torch's: no copies, so that saving needs no memory."""
-    _, optimizer = run(OPTIMIZERS["shampoo"], 3)
+    _, optimizer = run(make, 3)
     state = optimizer.state_dict()["state"]
     assert {t.data_ptr() for own in state.values() for t in own.values()} == {t.data_ptr() for t in tensors(optimizer)}
 
 
 # ------------------------------------------------------------------------------------- what does not fit
+
+
+@each_class
+def test_state_of_other_bits_is_refused(make):
+    """In a state dict and in a live group; nothing has changed then, and the optimizer goes on."""
+    model, optimizer = run(make, 3)
+    _, other = run(lambda m: make(m, bits=8), 3)
+    before = copies(optimizer)
+    with pytest.raises(ValueError, match="bits=8"):
+        optimizer.load_state_dict(other.state_dict())
+    assert same(copies(optimizer), before)
+    bits = optimizer.param_groups[0]["bits"]
+    optimizer.param_groups[0]["bits"] = 8
+    with pytest.raises(ValueError, match="bits was changed"):
+        train(model, optimizer, [3])
+    optimizer.param_groups[0]["bits"] = bits
+    assert same(copies(optimizer), before)
+    optimizer.zero_grad()  # and what hooks have seen of the step that was refused
+    train(model, optimizer, range(3, 5))
+    assert same_models(model, run(make, 5)[0])
 
 
 def foreign_state_dicts():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_optim import KFAC, SOAP, AdaBK, Quantization, Shampoo
-from tests.contract import OPTIMIZERS, backward, copies, each_optimizer, each_quickly, net, random, run, same, train
+from tests.contract import OPTIMIZERS, backward, copies, each_class, each_optimizer, net, random, run, same, train
 
 KEYS = {"treatment", "steps", "nonfinite", "bytes"} | {
     f"{side}.{name}" for side in ("left", "right") for name in ("updates", "failures", "rounding_error")
@@ -55,7 +55,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@each_quickly
+@each_class
 def test_no_number_is_fetched_by_itself(make):
     """But the steps, which are on the CPU."""
     _, optimizer = run(make, 4)

@@ -1,5 +1,6 @@
 """EKFAC over any first-order optimizer, with factors and eigenbases in low-bit storage."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -97,6 +98,8 @@ class EKFAC(KFAC):
         factor_decay: decay of L and R at each statistic, and of m at each step. Default 0.9.
         damping: lambda, relative to the largest m of a layer (of a group of a convolution). Default 0.001.
         sharing: as for :class:`KFAC`.
+        grad_scale: as for :class:`KFAC`. Needed where the scale of the loss changes: bases are those of averages, in
+            which statistics of another scale have another weight. Default None: 1.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -128,8 +131,8 @@ class EKFAC(KFAC):
         graft: bool = True,
         workspace: int = 256 * 2**20,
         sharing: str = "expand",
+        grad_scale: Callable[[], float | Tensor] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        settings = keywords(locals(), "model", "sharing")
-        # No grad_scale: a statistic's scale changes no eigenvector.
-        self._begin(params, EKFACPreconditioner(sharing), settings, base, base_kwargs, model, None)
+        settings = keywords(locals(), "model", "sharing", "grad_scale")
+        self._begin(params, EKFACPreconditioner(sharing), settings, base, base_kwargs, model, grad_scale)

@@ -73,7 +73,8 @@ class SecondOrder(Optimizer):
         """Add a group; every keyword of the constructor may be set in it.
 
         Raises:
-            ValueError: a setting or a combination of settings that cannot be; the optimizer is left as it was.
+            ValueError: a setting or a combination of settings that cannot be, or a parameter that is there already;
+                the optimizer is left as it was.
             TypeError: complex parameters, or a key that looks like a misspelt keyword.
         """
         self._refuse_misspelt(param_group)
@@ -84,7 +85,14 @@ class SecondOrder(Optimizer):
         param_group.update({key: plain(group[key]) for key in self._settings})
         count = len(self.param_groups)
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
+        own = self.param_groups[-1]["params"]
+        if len(set(own)) < len(own):
+            del self.param_groups[count:]
+            raise ValueError(
+                "a param group has the same parameter twice, and every step would count twice: list each parameter "
+                "once, as model.parameters() does"
+            )
+        for parameter in own:
             if parameter.is_complex():
                 del self.param_groups[count:]
                 raise TypeError(

@@ -85,6 +85,8 @@ STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "da
 
 def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner) -> None:
     """Raise ValueError if a group's settings, or two of them together, cannot be."""
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True: gradients are preconditioned in place, which autograd cannot go through")
     for key, (rule, holds) in _RULES.items():
         if key in group and not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
@@ -116,12 +118,19 @@ def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
     """The optimizer class that ``base`` names or is; ValueError if it is neither."""
     if isinstance(base, str) and base in BASES:
         return BASES[base]
-    if isinstance(base, type) and issubclass(base, Optimizer) and base is not torch.optim.LBFGS:
+    if isinstance(base, type) and issubclass(base, Optimizer) and not _wants_more_gradients(base):
         return base
     raise ValueError(
         f"base is {base!r}; it must be one of {', '.join(map(repr, BASES))} or a subclass of torch.optim.Optimizer "
         "that steps without a closure"
     )
+
+
+def _wants_more_gradients(base: type[Optimizer]) -> bool:
+    """Whether a step asks for a closure (LBFGS), or for gradients at two points, as SAM's two halves of a step do."""
+    parameters = list(inspect.signature(base.step).parameters.values())[1:]
+    asks = any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return asks or hasattr(base, "first_step")
 
 
 def check_base_keywords(

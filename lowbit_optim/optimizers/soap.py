@@ -37,7 +37,7 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         """After the base's step: steps are turned back and added, and bases turn where that is due.
 
         Args:
-            kept: of each unit what its parameter was before, with its weight decay; None after its first gradient.
+            kept: of each unit what its parameter was before; None after its first gradient.
         """
         with full_precision():
             for group in groups:
@@ -52,7 +52,8 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         old = forms.roots(stack, 0, 1, dtype)
         if kept is not None:
             step = old[0] @ cut.split(parameter).to(dtype) @ old[1].mT
-            parameter.copy_(kept + cut.merge(step).to(parameter.dtype))
+            decayed = kept * (1 - group["lr"] * group["weight_decay"])
+            parameter.copy_(decayed + cut.merge(step).to(parameter.dtype))
         if kept is not None and steps % group["precondition_frequency"]:
             return
         orders = [self._turn(side, form, stack, dtype, kept is None) for side, form in forms.sides()]
@@ -142,20 +143,27 @@ class SOAP(SecondOrder):
 
     def _step_base(self) -> None:
         """AdamW's step from zero, in the coordinates that its gradients have been turned into."""
-        kept: dict[Tensor, Tensor | None] = {}
+        before: dict[Tensor, Tensor] = {}
         first = {}
         for parameter, group in self._parameters():
             if parameter.grad is None or self.preconditioner.blocking(parameter, group) is None:
                 continue
+            before[parameter] = parameter.detach().clone()
             if int(self.state[parameter]["step"]) == 1:  # a step of zero, for a state like any other afterwards
-                first[parameter] = parameter.detach().clone(), parameter.grad
-                kept[parameter], parameter.grad = None, torch.zeros_like(parameter.grad)
-            else:
-                kept[parameter] = parameter.detach() * (1 - group["lr"] * group["weight_decay"])
+                first[parameter] = parameter.grad
+                parameter.grad = torch.zeros_like(parameter.grad)
             parameter.detach().zero_()
-        super()._step_base()
-        for parameter, (value, gradient) in first.items():
-            parameter.detach().copy_(value)
-            parameter.grad = gradient
+        try:
+            super()._step_base()
+        except BaseException:
+            for parameter, value in before.items():
+                parameter.detach().copy_(value)
+            raise
+        finally:
+            for parameter, gradient in first.items():
+                parameter.grad = gradient
+        for parameter in first:
+            parameter.detach().copy_(before[parameter])
             self.state[parameter]["base.step"].zero_()
+        kept = {parameter: None if parameter in first else value for parameter, value in before.items()}
         self.preconditioner.finish(self.param_groups, self.state, kept)
