@@ -60,6 +60,7 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "root-2": {"bits": 2, **ROOT},
     "root-1.5": {"bits": 1.5, **ROOT},
     "root-1": {"bits": 1, **ROOT},
+    "root-1-slow": {"bits": 1, **ROOT, "shampoo_beta": 0.95},
     "logarithm-2": {"bits": 2, **ROOT, "storage": "logarithm"},
     "logarithm-1": {"bits": 1, **ROOT, "storage": "logarithm"},
 }
