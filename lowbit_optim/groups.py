@@ -12,8 +12,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of a model, each once, in groups for an optimizer of this library or of torch.
 
-    * Matrices, and whatever else has two dims or more: preconditioned, with weight decay. So are the transposed
-      matrices of Hugging Face's ``Conv1D``.
+    * Matrices, and whatever else has two dims or more, of size 1 or not: preconditioned, with weight decay. So are the
+      transposed matrices of Hugging Face's ``Conv1D``.
     * Embeddings and output layers: left to the base optimizer, with weight decay. A weight that is tied to one of them
       is theirs.
     * Vectors and numbers (biases, norms): no weight decay. The base has them anyhow, but for K-FAC and AdaBK, where the

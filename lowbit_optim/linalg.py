@@ -181,7 +181,7 @@ def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     return symmetrize(half @ half.mT)
 
 
-def exponential(x: Tensor, reach: float = 4.0) -> Tensor:
+def exponential(x: Tensor, reach: float) -> Tensor:
     """e^X of symmetric [k, n, n]: the Taylor polynomial of degree 6 of (X - mu I) / 2^s, squared s times.
 
     mu, the mean of X's eigenvalues, is taken out first. A fixed number of products, 3 + s, so that nothing waits for

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, lr_scheduler
 
-from lowbit_optim import CASPR, KFAC, SOAP, AdaBK, CheckpointError, Shampoo, load_checkpoint, save_checkpoint
+from lowbit_optim import CASPR, EKFAC, KFAC, SOAP, AdaBK, CheckpointError, Shampoo, load_checkpoint, save_checkpoint
 from tests.contract import copies, net, of_a_model, of_parameters, run, same, same_models, train
 
 BASES = {
@@ -208,6 +208,36 @@ def test_what_does_not_fit_changes_nothing(state_dict, said, steps):
     assert same(copies(optimizer), before)
     assert len(optimizer.state) == (7 if steps else 0)
     train(model, optimizer, range(1))
+
+
+def test_an_error_at_the_very_end_changes_nothing():
+    model = net()
+    theirs = run(lambda m: AdamW(m.parameters(), lr=0.01), 2, model)[1]
+    optimizer = Shampoo(model.parameters())
+    before = copies(optimizer)
+    differentiable = theirs.state_dict()
+    differentiable["param_groups"] = [{**group, "differentiable": True} for group in differentiable["param_groups"]]
+    with pytest.raises(ValueError, match="differentiable"):
+        optimizer.load_base_state_dict(differentiable)
+
+    def refuse(*_):
+        raise ValueError("not today")
+
+    hook = optimizer.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(ValueError, match="not today"):
+        optimizer.load_base_state_dict(theirs.state_dict())
+    hook.remove()
+    assert same(copies(optimizer), before)
+    assert not optimizer.state
+    optimizer.load_base_state_dict(theirs.state_dict())
+    assert len(optimizer.state) == 7
+
+
+def test_ekfac_takes_moments_and_gives_them_back():
+    model, theirs = run(lambda m: AdamW(m.parameters(), lr=0.01), 3)
+    mine = EKFAC(model.parameters(), model=model)
+    mine.load_base_state_dict(theirs.state_dict())
+    assert same(mine.base_state_dict()["state"], theirs.state_dict()["state"])
 
 
 def test_decoupled_weight_decay_stays():

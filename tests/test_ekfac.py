@@ -181,11 +181,55 @@ def test_a_moment_that_turns_keeps_its_sum():
     magnitude = torch.tensor([1e-200, 1e200], dtype=torch.float64)
     state = moment.update(state, random(2, 6, 4, dtype=torch.float64), magnitude)
     left, right = (torch.linalg.qr(random(2, n, n, seed=n, dtype=torch.float64)).Q for n in (6, 4))
-    turned = moment.turn(state, left, right, torch.tensor([True, False]))
+    turned = moment.turn(state, left, right)
     before, after = (s["rms"] / magnitude[:, None, None] for s in (state, turned))
     torch.testing.assert_close(after.square().sum((1, 2)), before.square().sum((1, 2)))
     assert (after - before).norm() > 0.1 * before.norm()
-    assert turned["turns"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_group_that_wakes_up_late_counts_as_much_as_the_others(scale):
+    """It has no bases before the next turn, but gradients in the same units, for all share one norm."""
+    conv = nn.Conv1d(4, 4, 3, groups=2).double()
+    optimizer = EKFAC(conv.parameters(), model=conv, base="sgd", lr=0.0, statistics_frequency=2)
+    for seed in range(3):
+        x = random(8, 4, 9, seed=seed, dtype=torch.float64)
+        x[:, 2:] *= seed == 2  # the second group is dead until the bases have turned
+        optimizer.zero_grad()
+        (scale * conv(x)[:, : 2 if seed < 2 else 4].square().mean()).backward()
+        optimizer.step()
+    first, second = (conv.weight.grad[i : i + 2].norm() for i in (0, 2))
+    assert 0.02 < first / second < 50
+
+
+def test_a_decomposition_that_fails_makes_no_bases(monkeypatch):
+    def fails(a):
+        raise torch.linalg.LinAlgError("injected")
+
+    model = mlp(torch.float32)
+    optimizer = EKFAC(model.parameters(), model=model, bits=32, statistics_frequency=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fails)
+        for seed in range(2):
+            before, after = step(model, optimizer, seed)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0.0)
+    state = optimizer.state[model[0].weight]
+    assert (state["left.failures"].item(), state["left.turns"].item()) == (1, 0)
+    for seed in range(2):
+        before, after = step(model, optimizer, seed)
+    assert state["left.turns"].item() == optimizer.state[model[0].weight]["left.turns"].item() == 1
+    assert not any(torch.allclose(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_no_damping_to_speak_of():
+    """Dead units have a moment of zero, and so has what they are divided by."""
+    model = mlp(torch.float32)
+    with torch.no_grad():
+        model[0].bias[:5] = -1e6
+    optimizer = EKFAC(model.parameters(), model=model, statistics_frequency=1, damping=1e-50)
+    for seed in range(4):
+        step(model, optimizer, seed)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- state

@@ -71,6 +71,28 @@ def test_by_name():
     assert list(optimizer.stats()) == ["weight", "bias", "head.weight", "head.bias"]
 
 
+def test_names_that_repeat_are_not_used():
+    model = net()
+    optimizer = Shampoo([{"params": model.conv.named_parameters()}, {"params": model.head.named_parameters()}])
+    assert list(optimizer.stats()) == [0, 1, 2, 3]
+
+
+def test_the_workspace_is_heeded():
+    parameters = [nn.Parameter(torch.zeros(256, 64)) for _ in range(2)]
+    found = []
+    for parameter, workspace in zip(parameters, (1, 2**28), strict=True):
+        optimizer = Shampoo([parameter], statistics_frequency=1, max_preconditioner_dim=64, workspace=workspace)
+        stepped(optimizer, parameter, 2)
+        found.append(optimizer.stats())
+    assert found[0] == found[1]
+
+
+def test_a_copy_without_hooks_does_not_know():
+    _, optimizer = run(OPTIMIZERS["kfac"], 2)
+    with pytest.raises(RuntimeError, match=r"attach\(model\)"):
+        copy.deepcopy(optimizer).stats()
+
+
 def treatments():
     yield {}, "Shampoo: 8 blocks of 128 x 128, root, 2 bits"
     yield {"bits": 32}, "Shampoo: 8 blocks of 128 x 128, 32 bits"

@@ -12,7 +12,7 @@ from lowbit_optim.linalg import each
 from lowbit_optim.optimizers.kfac import KFAC, KFACPreconditioner
 from lowbit_optim.optimizers.second_order import keywords
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
-from lowbit_optim.preconditioners.kronecker import SIDES, Bucket, Due, Forms, Group
+from lowbit_optim.preconditioners.kronecker import Bucket, Due, Forms, Group
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.moment import Moment
 
@@ -28,7 +28,7 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
     def precondition(
         self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The moment takes in every gradient, and what has no basis yet stays as it is."""
+        """The moment takes in every gradient; a unit without any bases yet stays as it is."""
         moment = part.forms.moment
         assert moment is not None
         left, right = part.forms.roots(stack, start, stop, part.dtype)
@@ -36,7 +36,7 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
         state = moment.update(stack.read("moment", start, stop), turned, magnitude)
         stack.write("moment", start, stop, state)
         divided, exponents = moment.divide(state, turned)
-        real = state["turns"] > 0
+        real = _have_bases(part)[start:stop]
         return torch.where(each(real, gradient), left @ divided @ right.mT, gradient), exponents.where(real, 0)
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
@@ -52,10 +52,18 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
         failed = super()._update(part, stack, start, stop, gradient, magnitude)
         new = part.forms.roots(stack, start, stop, part.dtype)
         left, right = (n.mT @ o for n, o in zip(new, old, strict=True))
-        updates = [stack.read(side, start, stop)["updates"] for side in SIDES]
-        state = moment.turn(stack.read("moment", start, stop), left, right, (updates[0] > 0) & (updates[1] > 0))
-        stack.write("moment", start, stop, state)
+        stack.write("moment", start, stop, moment.turn(stack.read("moment", start, stop), left, right))
         return failed
+
+
+def _have_bases(part: Bucket) -> Tensor:
+    """For each block whether any block of its unit has both bases, bool [k].
+
+    Divided and undivided blocks are in different units, and share one norm.
+    """
+    turns = torch.cat([state["left.turns"].minimum(state["right.turns"]) for state in part.states])
+    most = turns.new_zeros(len(part.states)).scatter_reduce_(0, part.owner, turns, "amax")
+    return (most > 0)[part.owner]
 
 
 class EKFAC(KFAC):
@@ -81,8 +89,8 @@ class EKFAC(KFAC):
 
         m_{ab} \leftarrow \sum_{ij} S_{ai}^2 \, m_{ij} \, T_{bj}^2
 
-    Until a weight has its first bases its base runs alone, and m is the average of the squares of G itself. m is kept
-    in float32 (float64 for float64 parameters): 4 bytes per parameter, whatever ``bits`` are.
+    Until a weight has its first bases its base runs alone, up to rounding, and m is the average of the squares of G
+    itself. m is kept in float32 (float64 for float64 parameters): 4 bytes per parameter, whatever ``bits`` are.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.

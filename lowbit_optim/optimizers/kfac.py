@@ -322,6 +322,8 @@ class KFAC(SecondOrder):
         return report
 
     def _treatments(self) -> dict[Tensor, str]:
+        if not self.preconditioner.layers:
+            raise RuntimeError(_UNHOOKED)
         treated = super()._treatments()
         for layer in self.preconditioner.layers:
             weight, bias = layer.weight, layer.bias

@@ -152,8 +152,8 @@ class SecondOrder(Optimizer):
         """What has become of each parameter, for a log: plain strings and numbers, in one copy to the host.
 
         Returns:
-            For each parameter, by its name if the groups have names (``model.named_parameters()``), else by its index
-            in ``state_dict()``:
+            For each parameter, by its name if the groups have names (``model.named_parameters()``) and no two are the
+            same, else by its index in ``state_dict()``:
 
             * "treatment": as "Shampoo: 8 blocks of 128 x 128, root, 2 bits", or "base". A factor below
               ``min_quant_size`` is "uncoded".
@@ -163,18 +163,19 @@ class SecondOrder(Optimizer):
             * "left.rounding_error", "right.rounding_error": how far rounding has put the root off, as it is kept
               (storage "logarithm": the logarithm; "root" in K-FAC and AdaBK: A^(-1/4)), when it was written last.
               Estimated from codes and scales; relative, by Frobenius norms, of the worst block. Earlier roundings are
-              in the average and do not count. None without a factor, and of SOAP.
+              in the average and do not count. None without a factor in use, and of SOAP and EKFAC.
             * "bytes": of the preconditioner's state; the base's comes on top.
         """
         self._prepare()
         treated = self._treatments()
         found: dict[str | int, dict[str, Any]] = {}
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        named = len(set(names)) == len(treated)  # torch takes the same name in two groups
         for index, (parameter, group) in enumerate(self._parameters()):
             cut = self.preconditioner.blocking(parameter, group)
             forms = None if cut is None else self.preconditioner.forms(group, cut)
-            numbers = parameter_stats(self.state.get(parameter, {}), forms)
-            found[names[index] if names else index] = {"treatment": treated[parameter], **numbers}
+            numbers = parameter_stats(self.state.get(parameter, {}), cut, forms, group["workspace"])
+            found[names[index] if named else index] = {"treatment": treated[parameter], **numbers}
         to_host(list(found.values()))
         return found
 
@@ -241,8 +242,8 @@ class SecondOrder(Optimizer):
                 ``base_state_dict()`` of one of this library.
 
         Raises:
-            ValueError: it is not of the base's class, or does not fit the parameters, or the base cannot go on by
-                itself (SOAP); the optimizer is left as it was.
+            ValueError: it lacks options or moments of the base, or does not fit the parameters, or the base cannot go
+                on by itself (SOAP); the optimizer is left as it was.
         """
         self._check_base_alone()
         self._check_groups(state_dict)
@@ -254,14 +255,18 @@ class SecondOrder(Optimizer):
         reader.load_state_dict(state_dict)
         for index, (parameter, _) in enumerate(self._parameters()):
             check_moments(index, parameter, reader.state.get(parameter, {}))
-        self._create_state([(p, group) for p, group in self._parameters() if reader.state.get(p)])
-        whole = self.state_dict()
-        for index, (parameter, _) in enumerate(self._parameters()):
-            if own := self.state.get(parameter):
-                kept = {key: value for key, value in own.items() if not key.startswith(BASE)}
-                whole["state"][index] = kept | given_back(reader.state.get(parameter, {}))
+        whole = self.state_dict()  # to be loaded at once, so that nothing has changed if it does not fit
+        for index, (parameter, group) in enumerate(self._parameters()):
+            own, read = self.state.get(parameter, {}), reader.state.get(parameter, {})
+            kept = {key: value for key, value in own.items() if not key.startswith(BASE)}
+            if read and self._lacks_state(parameter, group, kept):
+                kept = {**self.preconditioner.init_state(parameter, group), **kept}
+            if kept:
+                whole["state"][index] = kept | given_back(read)
         for group, read in zip(whole["param_groups"], reader.param_groups, strict=True):
             group.update({k: v for k, v in read.items() if k not in {"params", "param_names", *self._ours}})
+            if any(index in whole["state"] for index in group["params"]):
+                _fix(group)
         self.load_state_dict(whole)
 
     def _check_base_alone(self) -> None:
@@ -365,12 +370,16 @@ class SecondOrder(Optimizer):
     def _create_state(self, parameters: list[tuple[Tensor, Group]]) -> None:
         for parameter, group in parameters:
             own = self.state[parameter]
-            wanted = self.preconditioner.blocking(parameter, group) is not None
-            if "step" not in own or (wanted and "left.failures" not in own):  # a group may ask for it later
-                group.setdefault("kept_as", tuple(group.get(key) for key in KEPT_AS))
+            if self._lacks_state(parameter, group, own):
+                _fix(group)
                 own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
                 self.state[parameter] = {k: to_device(v, home(k, v, parameter, group)) for k, v in own.items()}
+
+    def _lacks_state(self, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> bool:
+        """Whether the preconditioner has nothing of a parameter yet, or no factors, which a group may ask for later."""
+        wanted = self.preconditioner.blocking(parameter, group) is not None
+        return "step" not in own or (wanted and "left.failures" not in own)
 
     def _check_state(self, index: int, parameter: Tensor, group: Group, state: Mapping[str, Any]) -> None:
         own = {key: value for key, value in state.items() if not key.startswith(BASE)}
@@ -405,6 +414,11 @@ class SecondOrder(Optimizer):
         for parameter, own in self.base.state.items():
             self.state[parameter].update(given_back(own))
         self.base.state = defaultdict(dict)
+
+
+def _fix(group: Group) -> None:
+    """Note what of a group's settings must stay, now that there is state."""
+    group.setdefault("kept_as", tuple(group.get(key) for key in KEPT_AS))
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:

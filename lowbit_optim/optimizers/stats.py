@@ -30,8 +30,11 @@ def treatment(optimizer: str, cut: Blocking | None, group: Group) -> str:
     return f"{optimizer}: {blocks}{cut.rows} x {cut.columns}, {kept}"
 
 
-def parameter_stats(own: Mapping[str, Any], forms: Forms | None) -> dict[str, Any]:
+def parameter_stats(
+    own: Mapping[str, Any], cut: Blocking | None, forms: Forms | None, workspace: int
+) -> dict[str, Any]:
     """The numbers of ``SecondOrder.stats`` for a parameter's state; those that are on its device, as tensors there."""
+    orders = {} if cut is None else {"left": cut.rows, "right": cut.columns}
     found: dict[str, Any] = {
         "steps": int(own.get("step", 0)),  # which is on the CPU
         "nonfinite": own.get("nonfinite", 0),
@@ -41,9 +44,17 @@ def parameter_stats(own: Mapping[str, Any], forms: Forms | None) -> dict[str, An
         state: State = take(side, dict(own))
         found[f"{side}.updates"] = state["updates"].min() if state else 0
         found[f"{side}.failures"] = state["failures"].sum() if state else 0
-        error = form.rounding_error(state) if form is not None and state else None
-        found[f"{side}.rounding_error"] = error if error is None else error.max()
+        has_one = form is not None and state
+        found[f"{side}.rounding_error"] = _rounding_error(form, state, orders[side], workspace) if has_one else None
     return found
+
+
+def _rounding_error(form: Any, state: State, order: int, workspace: int) -> Tensor | None:
+    """Of the worst block; as many of them at a time as fit in the workspace, with temporaries."""
+    run = max(1, workspace // (6 * order * order * 4))
+    starts = range(0, len(state["failures"]), run)
+    errors = [form.rounding_error({name: part[i : i + run] for name, part in state.items()}) for i in starts]
+    return None if errors[0] is None else torch.cat(errors).max()
 
 
 def to_host(stats: list[dict[str, Any]]) -> None:

@@ -36,7 +36,8 @@ class Basis:
         state = self.factor.init(blocks, order, dtype, device)
         if not self.factor.one_period:  # the root, which nobody asks for
             state = {name: part for name, part in state.items() if not name.startswith("root")}
-        return state | put("basis", self.vectors.identity(blocks, order, dtype, device))
+        turns = torch.zeros(blocks, dtype=torch.int32, device=device)
+        return state | put("basis", self.vectors.identity(blocks, order, dtype, device)) | {"turns": turns}
 
     def describe(self) -> dict[str, Any]:
         """The form and its settings as JSON-able values."""
@@ -63,8 +64,8 @@ class Basis:
 
         Returns:
             (the state; the columns of the old basis in the order that the new ones follow, int64 [k, n]: by
-            descending Rayleigh quotient, or as they were if ``anew``). Where that failed, which "failures" counts, or
-            there is no statistic yet, the basis stays, and so does the order.
+            descending Rayleigh quotient, or as they were if ``anew``). "turns" counts. Where that failed, which
+            "failures" counts, or there is no statistic yet, the basis stays, and so does the order.
         """
         a, old = self.factor.statistic(state, dtype), self.root(state, dtype)
         unchanged = torch.arange(self.order, device=a.device).expand(len(a), -1)
@@ -78,5 +79,5 @@ class Basis:
         failed, ok = ~ok & (trace(a) > 0), ok & (trace(a) > 0)
         coded = put("basis", self.vectors.encode(torch.where(each(ok, new), new, old)))
         kept = {name: torch.where(each(ok, part), part, state[name]) for name, part in coded.items()}
-        failures = state["failures"] + failed.to(torch.int32)
-        return state | kept | {"failures": failures}, torch.where(ok[:, None], order, unchanged)
+        kept |= {"failures": state["failures"] + failed, "turns": state["turns"] + ok}
+        return state | kept, torch.where(ok[:, None], order, unchanged)

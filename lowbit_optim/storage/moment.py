@@ -25,9 +25,9 @@ class Moment:
     damping: float
 
     def init(self, blocks: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """The state before the first gradient: "rms" [k, r, c], and int32 [k] counts of gradients and of turns."""
-        counts = {name: torch.zeros(blocks, dtype=torch.int32, device=device) for name in ("updates", "turns")}
-        return {"rms": torch.zeros(blocks, rows, columns, dtype=dtype, device=device)} | counts
+        """The state before the first gradient: "rms" [k, r, c], and "updates", int32 [k]."""
+        rms = torch.zeros(blocks, rows, columns, dtype=dtype, device=device)
+        return {"rms": rms, "updates": torch.zeros(blocks, dtype=torch.int32, device=device)}
 
     def update(self, state: State, gradient: Tensor, magnitude: Tensor) -> State:
         """Take in magnitude * gradient, [k] and [k, r, c], in the coordinates of the bases."""
@@ -39,19 +39,18 @@ class Moment:
         squares += new * (gradient * each(magnitude / unit, gradient)).square()
         return state | {"rms": _root(squares, unit), "updates": updates}
 
-    def turn(self, state: State, left: Tensor, right: Tensor, real: Tensor) -> State:
+    def turn(self, state: State, left: Tensor, right: Tensor) -> State:
         """Follow the bases: m_ab <- sum_ij left_ai^2 m_ij right_bj^2.
 
         Those are the second moments of the same gradients in the new coordinates if they are uncorrelated in the old.
 
         Args:
             left, right: the new basis transposed times the old one, [k, r, r] and [k, c, c].
-            real: whether the new bases are those of statistics, bool [k].
         """
         rms = state["rms"].to(left.dtype)
         unit = _largest(rms)
         squares = left.square() @ (rms / each(unit, rms)).square() @ right.square().mT
-        return state | {"rms": _root(squares, unit), "turns": state["turns"] + real}
+        return state | {"rms": _root(squares, unit)}
 
     def divide(self, state: State, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """gradient / (m + damping max m) as (X [k, r, c], e int32 [k]), X 2^e."""
@@ -59,7 +58,8 @@ class Moment:
         unit = _largest(rms)
         mantissa, exponent = torch.frexp(unit)
         share_of_largest = (rms / each(unit, rms)).square()
-        return gradient / ((share_of_largest + self.damping) * each(mantissa.square(), rms)), -2 * exponent
+        quotient = gradient / ((share_of_largest + self.damping) * each(mantissa.square(), rms))
+        return torch.where(gradient == 0, 0.0, quotient), -2 * exponent  # 0 / 0 at a damping below what float32 can say
 
 
 def _largest(rms: Tensor) -> Tensor:
