@@ -95,7 +95,12 @@ FAMILIES = {
     "soap": Family(
         SOAP,
         ("optimizers/soap.py", "preconditioners/eigenbases.py"),
-        {"soap-32": {"bits": 32}, "soap-4": {"bits": 4}, "soap-4-eigen": {"bits": 4, "basis": "eigen"}},
+        {"soap-32": {"bits": 32}, "soap-4": {"bits": 4}},
+    ),
+    "soap10": Family(
+        SOAP,
+        ("optimizers/soap.py", "preconditioners/eigenbases.py"),
+        {"soap10-32": {"bits": 32, **LAYERS}, "soap10-4": {"bits": 4, **LAYERS}},
     ),
 }
 FAMILY_OF = {method: family for family in FAMILIES.values() for method in family.methods}

@@ -116,3 +116,17 @@ def test_what_cannot_be_is_refused():
         SOAP([parameter], basis="eigen", bits=2)
     with pytest.raises(TypeError, match="root_power"):
         SOAP([parameter], root_power=2)
+
+
+@pytest.mark.parametrize("frequency", [1, 3])
+def test_the_first_gradient_makes_the_bases_however_rare_statistics_are(frequency):
+    parameter = nn.Parameter(torch.ones(SHAPE, dtype=torch.float64))
+    optimizer = SOAP([parameter], bits=32, statistics_frequency=frequency)
+    gradient = random(*SHAPE, dtype=torch.float64)
+    parameter.grad = gradient.clone()
+    optimizer.step()
+    group, own = optimizer.param_groups[0], optimizer.state[parameter]
+    state = {key.removeprefix("left."): part for key, part in own.items() if key.startswith("left.")}
+    q = optimizer.preconditioner.form(group, SHAPE[0]).root(state, torch.float64)[0]
+    turned = q.T @ gradient @ gradient.T @ q
+    torch.testing.assert_close(turned, torch.diag(turned.diagonal()), rtol=0, atol=1e-9)

@@ -26,8 +26,8 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         return cut if cut is not None and cut.count == 1 else None
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
-        """The bases turn after the base's step: see ``finish``."""
-        return Due(step % group["statistics_frequency"] == 0, False, True)
+        """The first gradient makes the bases; they turn after the base's step: see ``finish``."""
+        return Due(step == 1 or step % group["statistics_frequency"] == 0, False, True)
 
     def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
         return left.mT @ gradient @ right
@@ -98,7 +98,7 @@ class SOAP(SecondOrder):
             eigenvectors, rectified; 3 bits and more). Default "reflector".
         quantization, layout, precondition, min_quant_size, workspace: as for :class:`Shampoo`.
         max_preconditioner_dim: matrices with a longer side get AdamW alone. Default 10000.
-        statistics_frequency: steps between statistics updates. Default 1.
+        statistics_frequency: steps between statistics updates after the first. Default 1.
         precondition_frequency: steps between turns of the bases. Default 10.
         shampoo_beta: decay of the statistics. Default 0.95.
         statistic_limit: as for :class:`Shampoo`. Default none.
