@@ -100,7 +100,10 @@ FAMILIES = {
     "soap10": Family(
         SOAP,
         ("optimizers/soap.py", "preconditioners/eigenbases.py"),
-        {"soap10-32": {"bits": 32, **LAYERS}, "soap10-4": {"bits": 4, **LAYERS}},
+        {
+            "soap10-32": {"bits": 32, "statistics_frequency": 10},
+            "soap10-4": {"bits": 4, "statistics_frequency": 10},
+        },
     ),
 }
 FAMILY_OF = {method: family for family in FAMILIES.values() for method in family.methods}
