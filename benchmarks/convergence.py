@@ -416,6 +416,7 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
     if stale := sum(is_stale(record) for record in known.values()):
         print(f"Made with other code than is here: {stale} of the {len(known)} runs; --again tells what that changes.")
     panels: list[Panel] = []
+    compared: list[str] = []
     holds: dict[str, dict[str, list[bool]]] = {}  # method -> task -> whether each condition holds
     for task in plan.tasks:
         print(f"\n{TASKS[task].title}: loss with seed {TUNING_SEED} at each rate tried")
@@ -443,12 +444,13 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
                 holds.setdefault(result.method, {})[task] = list(verdict.values())
                 print(f"  {result.method}: " + "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in verdict.items()))
         band = (reference.mean, reference.mean + gain / 4) if gain > 0 else None
+        compared.append(task)
         panels.append(Panel(TASKS[task].title, [Dots(r.label, list(r.losses.values()), r.color) for r in shown], band))
 
     against = f" / the mean against {PAPER}" if PAPER in plan.family.methods else ""
     print(f"\nTasks, of {len(panels)}, on which the upper bound{against} is not shown to pass:")
     for method, by_task in holds.items():
-        fails = [[task for task, held in by_task.items() if held[i : i + 1] != [True]] for i in range(2)]
+        fails = [[task for task in compared if by_task.get(task, [])[i : i + 1] != [True]] for i in range(2)]
         conditions = max(map(len, by_task.values()))
         print(f"  {method}: " + " / ".join(", ".join(names) or "none" for names in fails[:conditions]))
     print(f"{sum(run.key not in known for run in plan.runs(known))} runs are missing.")
