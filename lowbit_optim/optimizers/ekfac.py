@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.linalg import each
-from lowbit_optim.optimizers.kfac import KFAC, KFACPreconditioner
+from lowbit_optim.optimizers.kfac import KFAC, OF_THE_WHOLE, KFACPreconditioner
 from lowbit_optim.optimizers.second_order import keywords
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
 from lowbit_optim.preconditioners.kronecker import Bucket, Due, Forms, Group
@@ -142,5 +142,5 @@ class EKFAC(KFAC):
         grad_scale: Callable[[], float | Tensor] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        settings = keywords(locals(), "model", "sharing", "grad_scale")
+        settings = keywords(locals(), *OF_THE_WHOLE)
         self._begin(params, EKFACPreconditioner(sharing), settings, base, base_kwargs, model, grad_scale)

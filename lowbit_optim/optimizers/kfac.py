@@ -20,6 +20,9 @@ from lowbit_optim.storage.factors import State
 
 logger = logging.getLogger("lowbit_optim")
 
+# Keywords that are not settings of param groups.
+OF_THE_WHOLE = ("model", "sharing", "grad_scale")
+
 _UNHOOKED = "a copied, unpickled or closed optimizer has no hooks: call attach(model)"
 
 _BLIND = (
@@ -242,7 +245,7 @@ class KFAC(SecondOrder):
         grad_scale: Callable[[], float | Tensor] | None = None,
         **base_kwargs: Any,
     ) -> None:
-        settings = keywords(locals(), "model", "sharing", "grad_scale")
+        settings = keywords(locals(), *OF_THE_WHOLE)
         self._begin(params, KFACPreconditioner(sharing), settings, base, base_kwargs, model, grad_scale)
 
     def _begin(
@@ -283,7 +286,7 @@ class KFAC(SecondOrder):
         self.preconditioner.close()
 
     def add_param_group(self, param_group: Group) -> None:
-        if alien := {"model", "sharing", "grad_scale"} & param_group.keys():
+        if alien := param_group.keys() & OF_THE_WHOLE:
             raise ValueError(
                 f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
                 f"optimizer: give it to {type(self).__name__}(...) itself"

@@ -20,7 +20,6 @@ from lowbit_optim.optimizers.settings import (
     plain,
 )
 from lowbit_optim.optimizers.state import (
-    BASE,
     Sealed,
     base_part,
     check_base_part,
@@ -31,6 +30,7 @@ from lowbit_optim.optimizers.state import (
     rebuild,
     to_device,
     where,
+    without_base,
 )
 from lowbit_optim.optimizers.stats import parameter_stats, to_host, treatment
 from lowbit_optim.optimizers.watch import Watch
@@ -258,7 +258,7 @@ class SecondOrder(Optimizer):
         whole = self.state_dict()  # to be loaded at once, so that nothing has changed if it does not fit
         for index, (parameter, group) in enumerate(self._parameters()):
             own, read = self.state.get(parameter, {}), reader.state.get(parameter, {})
-            kept = {key: value for key, value in own.items() if not key.startswith(BASE)}
+            kept = without_base(own)
             if read and self._lacks_state(parameter, group, kept):
                 kept = {**self.preconditioner.init_state(parameter, group), **kept}
             if kept:
@@ -382,7 +382,7 @@ class SecondOrder(Optimizer):
         return "step" not in own or (wanted and "left.failures" not in own)
 
     def _check_state(self, index: int, parameter: Tensor, group: Group, state: Mapping[str, Any]) -> None:
-        own = {key: value for key, value in state.items() if not key.startswith(BASE)}
+        own = without_base(state)
         # Factors stay where they are while a group does without them.
         group = {**group, "precondition": group["precondition"] or "left.failures" in own}
         expected = self.preconditioner.layout(parameter, group)

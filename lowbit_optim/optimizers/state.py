@@ -22,6 +22,11 @@ def lent(own: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(BASE): value for key, value in own.items() if key.startswith(BASE)}
 
 
+def without_base(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parameter's state the preconditioner's."""
+    return {key: value for key, value in own.items() if not key.startswith(BASE)}
+
+
 def given_back(own: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``lent``."""
     return {f"{BASE}{key}": value for key, value in own.items()}

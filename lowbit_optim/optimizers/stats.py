@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking
-from lowbit_optim.optimizers.state import BASE
+from lowbit_optim.optimizers.state import without_base
 from lowbit_optim.preconditioners.kronecker import SIDES, Forms, Group
 from lowbit_optim.storage.factors import State, take
 
@@ -38,7 +38,7 @@ def parameter_stats(
     found: dict[str, Any] = {
         "steps": int(own.get("step", 0)),  # which is on the CPU
         "nonfinite": own.get("nonfinite", 0),
-        "bytes": sum(part.nbytes for key, part in own.items() if not key.startswith(BASE)),
+        "bytes": sum(part.nbytes for part in without_base(own).values()),
     }
     for side, form in forms.sides() if forms else dict.fromkeys(SIDES).items():
         state: State = take(side, dict(own))
