@@ -1,0 +1,309 @@
+"""The executable specification of the fused first-order steps, in plain torch: every backend must give the same bits.
+
+A moment x of a parameter, viewed as rows of n numbers, is kept as float32 numbers or as codes: blocks of ``BLOCK``
+numbers of a row (the last may be short) share a scale, and a code is a small float in units of it. From one step to the
+next a moment changes by less than the spacing of its codes, so that rounding to the nearest one would hold it where it
+is for ever: codes are rounded up or down at random, such that their mean is x.
+
+* A signed moment has codes of a sign (the highest bit), e and f bits: E2M1 (4 bits) or E3M4 (8). The scale is the
+  block's largest magnitude over T, that of the largest code, and code k stands for max_i (k - i 2^f) 2^i, over
+  0 <= i < 2^e - 1: evenly spaced up to 2^(f + 1), then half as densely from one power of two to the next. Zero is zero.
+* An unsigned moment has codes of e and f bits: E4M0 (4 bits) or E5M3 (8). The scale is the block's largest number, the
+  largest code is 1, and smaller ones are the floats with f bits of fraction below it: none is zero, for Adam divides by
+  the root of this moment. What is smaller than the smallest is raised to it.
+* A block of zeros has scale 0 and decodes to zeros.
+
+Arithmetic is IEEE float32, one rounding for each operation, in the order written here; nothing is contracted, and
+scalars are rounded to float32 first. Random
+bits are a hash of a key, which the caller makes of the seed, the parameter and the step, and of the number's index in
+its parameter: no state, the same on every backend, and the same in a resumed run.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowbit_optim.kernels.reference import pack, packed_bytes, unpack
+
+BLOCK = 128
+EXPONENT_FRACTION = {("signed", 4): (2, 1), ("signed", 8): (3, 4), ("unsigned", 4): (4, 0), ("unsigned", 8): (5, 3)}
+_WORD = 0xFFFFFFFF
+_MAX = torch.finfo(torch.float32).max
+
+
+class Moment(NamedTuple):
+    """A moment of a parameter as rows: float32 ``values`` [rows, n], or ``codes`` and ``scales`` of some bits."""
+
+    bits: int  # 4, 8, or 32 for values
+    values: Tensor | None = None  # float32 [rows, n]
+    codes: Tensor | None = None  # uint8 [rows, packed_bytes(n, bits)]
+    scales: Tensor | None = None  # float32 [rows, ceil(n / BLOCK)]
+
+
+class Keys(NamedTuple):
+    """For each use of random bits in one step of one parameter a number of 32 bits."""
+
+    parameter: int
+    first: int
+    second: int
+
+
+# ---- random bits -----------------------------------------------------------------------------------------------------
+
+
+def keys(seed: int, parameter: int, step: int) -> Keys:
+    """The keys of a step (counted from 1) of the parameter of this number."""
+    mixed = _mix64(_mix64(_mix64(seed) ^ parameter) ^ step)
+    return Keys(*(_mix64(mixed + use) & _WORD for use in range(3)))
+
+
+def _mix64(x: int) -> int:
+    """The finalizer of SplitMix64."""
+    word = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & word
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+    return x ^ (x >> 31)
+
+
+def random_bits(key: int, rows: int, n: int, device: torch.device) -> Tensor:
+    """32 random bits for each number of a parameter, int64 [rows, n]: MurmurHash3's finalizer of key and index."""
+    index = torch.arange(rows * n, device=device).view(rows, n) & _WORD
+    x = (index * 0x9E3779B1 + key) & _WORD
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
+    return x ^ (x >> 16)
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def largest(exponent: int, fraction: int) -> float:
+    """T: the largest signed code's magnitude in units of the scale."""
+    return float((2 << fraction) - 1) * 2.0 ** (2**exponent - 2)
+
+
+def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [rows, n] to codes and scales."""
+    e, f = EXPONENT_FRACTION["signed", bits]
+    blocks = _blocks(x)
+    scales = blocks.abs().amax(-1) / largest(e, f)
+    # A scale that underflowed belongs to numbers too small to matter.
+    each = scales.unsqueeze(-1)
+    units = torch.where(each > 0, blocks.abs() / torch.where(each > 0, each, 1.0), 0.0)
+    place = units  # where the number lies between the codes: code k is at k
+    for i in range(1, 2**e - 1):
+        place = torch.minimum(place, units * 2.0**-i + float(i << f))
+    dither = _blocks((random >> 8).float()) * 2.0**-24
+    codes = (place + dither).floor().clamp(max=2.0 ** (bits - 1) - 1).to(torch.uint8)
+    codes |= (blocks < 0).to(torch.uint8) << (bits - 1)
+    return _pack_blocks(codes, bits, x.shape[-1]), scales
+
+
+def encode_unsigned(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [rows, n], none negative, to codes and scales."""
+    f = EXPONENT_FRACTION["unsigned", bits][1]
+    blocks = _blocks(x)
+    scales = blocks.amax(-1)
+    units = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    dither = _blocks(random & ((1 << (23 - f)) - 1))
+    places = (units.view(torch.int32).long() + dither) >> (23 - f)
+    codes = (places - _lowest(bits)).clamp(0, 2**bits - 1).to(torch.uint8)
+    return _pack_blocks(codes, bits, x.shape[-1]), scales
+
+
+def _lowest(bits: int) -> int:
+    """Sign, exponent and fraction of code 0 as a float32 has them, such that the largest code is 1."""
+    f = EXPONENT_FRACTION["unsigned", bits][1]
+    return (127 << f) - (2**bits - 1)
+
+
+def code_values(kind: str, bits: int) -> Tensor:
+    """What each code stands for in units of the scale, float32 [2**bits]."""
+    e, f = EXPONENT_FRACTION[kind, bits]
+    if kind == "unsigned":
+        return ((torch.arange(2**bits) + _lowest(bits)) << (23 - f)).int().view(torch.float32)
+    k = torch.arange(2 ** (bits - 1), dtype=torch.float32)
+    magnitudes = torch.stack([(k - float(i << f)) * 2.0**i for i in range(2**e - 1)]).amax(0)
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def decode(moment: Moment, kind: str, n: int) -> Tensor:
+    """The numbers of a moment, float32 [rows, n]: code values times scales."""
+    if moment.values is not None:
+        return moment.values
+    assert moment.codes is not None
+    assert moment.scales is not None
+    values = code_values(kind, moment.bits).to(moment.codes.device)[unpack(moment.codes, moment.bits, n).int()]
+    return (_blocks(values) * moment.scales.unsqueeze(-1)).flatten(-2)[..., :n]
+
+
+def write(moment: Moment, kind: str, x: Tensor, key: int) -> None:
+    """Put new numbers, float32 [rows, n], into a moment."""
+    if moment.values is not None:
+        moment.values.copy_(x)
+        return
+    assert moment.codes is not None
+    assert moment.scales is not None
+    encode = encode_signed if kind == "signed" else encode_unsigned
+    codes, scales = encode(x, moment.bits, random_bits(key, *x.shape, x.device))
+    moment.codes.copy_(codes)
+    moment.scales.copy_(scales)
+
+
+def zeros(rows: int, n: int, bits: int, device: torch.device | str) -> Moment:
+    """The moment before the first step."""
+    if bits == 32:
+        return Moment(bits, values=torch.zeros(rows, n, device=device))
+    codes = torch.zeros(rows, packed_bytes(n, bits), dtype=torch.uint8, device=device)
+    return Moment(bits, codes=codes, scales=torch.zeros(rows, math.ceil(n / BLOCK), device=device))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+
+
+def _pack_blocks(codes: Tensor, bits: int, n: int) -> Tensor:
+    return pack(codes.flatten(-2)[..., :n], bits)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def write_parameter(parameter: Tensor, x: Tensor, key: int | None) -> None:
+    """Round x, float32 [rows, n], to the parameter's dtype; bfloat16 at random, unless the key is None."""
+    if parameter.dtype == torch.bfloat16 and key is not None:
+        random = random_bits(key, *x.shape, x.device) & 0xFFFF
+        x = ((x.view(torch.int32).long() + random) & ~0xFFFF).int().view(torch.float32)
+    parameter.copy_(x)
+
+
+def finite(gradient: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """sign * gradient in float32 with zeros where it is not finite; how many numbers that are, int64 []."""
+    gradient = gradient.float() * sign
+    good = torch.isfinite(gradient)
+    return torch.where(good, gradient, 0.0), (~good).sum()
+
+
+def adamw_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    mean: Moment,
+    square: Moment,
+    keys: Keys,
+    *,
+    sign: float,
+    beta1: float,
+    beta2: float,
+    decay: float,
+    step_size: float,
+    root_correction: float,
+    eps: float,
+    stochastic: bool,
+) -> Tensor:
+    """AdamW on rows, in place.
+
+        m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+        p = decay p - step_size m / (root_correction sqrt(v) + eps)
+
+    Args:
+        parameter: [rows, n], float32, bfloat16 or float16.
+        gradient: [rows, n], any of these.
+        sign: -1 to maximize.
+        decay: 1 - lr weight_decay.
+        step_size: lr / (1 - beta1^t).
+        root_correction: (1 - beta2^t)^(-1/2).
+        stochastic: round bfloat16 parameters at random.
+
+    Returns:
+        How many numbers of the gradient were not finite, and counted as zero: int64 [].
+    """
+    n = parameter.shape[-1]
+    g, bad = finite(gradient, sign)
+    m = decode(mean, "signed", n) * beta1 + g * (1 - beta1)
+    v = decode(square, "unsigned", n) * beta2 + g.square().clamp(max=_MAX) * (1 - beta2)
+    update = m / (v.sqrt() * root_correction + eps)
+    new = parameter.float() * decay - update * step_size
+    write(mean, "signed", m, keys.first)
+    write(square, "unsigned", v, keys.second)
+    write_parameter(parameter, new, keys.parameter if stochastic else None)
+    return bad
+
+
+def sgd_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Moment,
+    keys: Keys,
+    *,
+    sign: float,
+    weight_decay: float,
+    momentum: float,
+    share: float,
+    nesterov: bool,
+    lr: float,
+    stochastic: bool,
+) -> Tensor:
+    """SGD with momentum on rows, in place; arguments and result as of ``adamw_step``.
+
+        g = g + weight_decay p,  m = momentum m + share g,  p = p - lr (g + momentum m if nesterov else m)
+
+    Args:
+        share: 1 - dampening; 1 in the first step.
+    """
+    n = parameter.shape[-1]
+    g, bad = finite(gradient, sign)
+    p = parameter.float()
+    g = g + p * weight_decay
+    m = (decode(momentum_buffer, "signed", n) * momentum + g * share).clamp(-_MAX, _MAX)
+    update = g + m * momentum if nesterov else m
+    write(momentum_buffer, "signed", m, keys.first)
+    write_parameter(parameter, p - update * lr, keys.parameter if stochastic else None)
+    return bad
+
+
+def adagrad_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    sum: Moment,
+    keys: Keys,
+    *,
+    sign: float,
+    weight_decay: float,
+    step_size: float,
+    eps: float,
+    stochastic: bool,
+) -> Tensor:
+    """Adagrad on rows, in place; arguments and result as of ``adamw_step``.
+
+    g = g + weight_decay p,  s = s + g^2,  p = p - step_size g / (sqrt(s) + eps)
+    """
+    n = parameter.shape[-1]
+    g, bad = finite(gradient, sign)
+    p = parameter.float()
+    g = g + p * weight_decay
+    s = (decode(sum, "unsigned", n) + g.square()).clamp(max=_MAX)
+    write(sum, "unsigned", s, keys.first)
+    write_parameter(parameter, p - g / (s.sqrt() + eps) * step_size, keys.parameter if stochastic else None)
+    return bad
+
+
+class Step(NamedTuple):
+    """One step of one parameter: which rule, and its arguments."""
+
+    rule: str  # "adamw", "sgd" or "adagrad"
+    parameter: Tensor  # [rows, n], contiguous
+    gradient: Tensor  # [rows, n], contiguous
+    moments: tuple[Moment, ...]
+    keys: Keys
+    settings: dict[str, Any]  # the keywords of the rule
+
+
+def take(steps: Sequence[Step]) -> list[Tensor]:
+    """Take every step, in place; for each how many numbers of its gradient were not finite."""
+    rules = {"adamw": adamw_step, "sgd": sgd_step, "adagrad": adagrad_step}
+    return [rules[s.rule](s.parameter, s.gradient, *s.moments, s.keys, **s.settings) for s in steps]
