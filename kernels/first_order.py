@@ -5,12 +5,12 @@ numbers of a row (the last may be short) share a scale, and a code is a small fl
 next a moment changes by less than the spacing of its codes, so that rounding to the nearest one would hold it where it
 is for ever: codes are rounded up or down at random, such that their mean is x.
 
-* A signed moment has codes of a sign (the highest bit), e and f bits: E2M1 (4 bits) or E3M4 (8). The scale is the
-  block's largest magnitude over T, that of the largest code, and code k stands for max_i (k - i 2^f) 2^i, over
-  0 <= i < 2^e - 1: evenly spaced up to 2^(f + 1), then half as densely from one power of two to the next. Zero is zero.
-* An unsigned moment has codes of e and f bits: E4M0 (4 bits) or E5M3 (8). The scale is the block's largest number, the
-  largest code is 1, and smaller ones are the floats with f bits of fraction below it: none is zero, for Adam divides by
-  the root of this moment. What is smaller than the smallest is raised to it.
+* A signed moment has codes of a sign (the highest bit) and a magnitude k, which stands for max (d k - b) over the
+  ``LINES`` (d, b): 0 1 5 13 29 61 93 125 (4 bits), or floats of 3 bits exponent and 4 bits fraction (8 bits). They lie
+  closer together towards zero, and zero is zero. The scale is the block's largest magnitude over the largest of them.
+* An unsigned moment has codes that are floats of ``FRACTION`` bits of fraction, in units of the block's largest number:
+  the largest code is 1, and the others are the floats next below it. None is zero, for Adam divides by the root of this
+  moment. What is smaller than the smallest is raised to it.
 * A block of zeros has scale 0 and decodes to zeros.
 
 Arithmetic is IEEE float32, one rounding for each operation, in the order written here; nothing is contracted, and
@@ -20,7 +20,7 @@ its parameter: no state, the same on every backend, and the same in a resumed ru
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,12 @@ from torch.nn.functional import pad
 from lowbit_optim.kernels.reference import pack, packed_bytes, unpack
 
 BLOCK = 128
-EXPONENT_FRACTION = {("signed", 4): (2, 1), ("signed", 8): (3, 4), ("unsigned", 4): (4, 0), ("unsigned", 8): (5, 3)}
+# Every d is a power of two, so that coding divides without rounding.
+LINES = {
+    4: ((1, 0), (4, 3), (8, 11), (16, 35), (32, 99)),
+    8: ((1, 0), (2, 32), (4, 128), (8, 384), (16, 1024), (32, 2560), (64, 6144)),
+}
+FRACTION = {4: 0, 8: 3}
 _WORD = 0xFFFFFFFF
 _MAX = torch.finfo(torch.float32).max
 
@@ -70,9 +75,9 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def random_bits(key: int, rows: int, n: int, device: torch.device) -> Tensor:
-    """32 random bits for each number of a parameter, int64 [rows, n]: MurmurHash3's finalizer of key and index."""
-    index = torch.arange(rows * n, device=device).view(rows, n) & _WORD
+def random_bits(key: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """32 random bits for each number of a parameter [rows, n], int64: MurmurHash3's finalizer of key and index."""
+    index = torch.arange(shape.numel(), device=device).view(shape) & _WORD
     x = (index * 0x9E3779B1 + key) & _WORD
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
@@ -82,22 +87,21 @@ def random_bits(key: int, rows: int, n: int, device: torch.device) -> Tensor:
 # ---- codes -----------------------------------------------------------------------------------------------------------
 
 
-def largest(exponent: int, fraction: int) -> float:
-    """T: the largest signed code's magnitude in units of the scale."""
-    return float((2 << fraction) - 1) * 2.0 ** (2**exponent - 2)
+def largest(bits: int) -> float:
+    """What the largest signed code stands for."""
+    return max(d * (2.0 ** (bits - 1) - 1) - b for d, b in LINES[bits])
 
 
 def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [rows, n] to codes and scales."""
-    e, f = EXPONENT_FRACTION["signed", bits]
     blocks = _blocks(x)
-    scales = blocks.abs().amax(-1) / largest(e, f)
+    scales = blocks.abs().amax(-1) / largest(bits)
     # A scale that underflowed belongs to numbers too small to matter.
     each = scales.unsqueeze(-1)
     units = torch.where(each > 0, blocks.abs() / torch.where(each > 0, each, 1.0), 0.0)
     place = units  # where the number lies between the codes: code k is at k
-    for i in range(1, 2**e - 1):
-        place = torch.minimum(place, units * 2.0**-i + float(i << f))
+    for d, b in LINES[bits][1:]:
+        place = torch.minimum(place, units / d + b / d)
     dither = _blocks((random >> 8).float()) * 2.0**-24
     codes = (place + dither).floor().clamp(max=2.0 ** (bits - 1) - 1).to(torch.uint8)
     codes |= (blocks < 0).to(torch.uint8) << (bits - 1)
@@ -106,7 +110,7 @@ def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]
 
 def encode_unsigned(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [rows, n], none negative, to codes and scales."""
-    f = EXPONENT_FRACTION["unsigned", bits][1]
+    f = FRACTION[bits]
     blocks = _blocks(x)
     scales = blocks.amax(-1)
     units = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
@@ -118,17 +122,16 @@ def encode_unsigned(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tenso
 
 def _lowest(bits: int) -> int:
     """Sign, exponent and fraction of code 0 as a float32 has them, such that the largest code is 1."""
-    f = EXPONENT_FRACTION["unsigned", bits][1]
+    f = FRACTION[bits]
     return (127 << f) - (2**bits - 1)
 
 
 def code_values(kind: str, bits: int) -> Tensor:
     """What each code stands for in units of the scale, float32 [2**bits]."""
-    e, f = EXPONENT_FRACTION[kind, bits]
     if kind == "unsigned":
-        return ((torch.arange(2**bits) + _lowest(bits)) << (23 - f)).int().view(torch.float32)
+        return ((torch.arange(2**bits) + _lowest(bits)) << (23 - FRACTION[bits])).int().view(torch.float32)
     k = torch.arange(2 ** (bits - 1), dtype=torch.float32)
-    magnitudes = torch.stack([(k - float(i << f)) * 2.0**i for i in range(2**e - 1)]).amax(0)
+    magnitudes = torch.stack([k * d - b for d, b in LINES[bits]]).amax(0)
     return torch.cat([magnitudes, -magnitudes])
 
 
@@ -150,7 +153,7 @@ def write(moment: Moment, kind: str, x: Tensor, key: int) -> None:
     assert moment.codes is not None
     assert moment.scales is not None
     encode = encode_signed if kind == "signed" else encode_unsigned
-    codes, scales = encode(x, moment.bits, random_bits(key, *x.shape, x.device))
+    codes, scales = encode(x, moment.bits, random_bits(key, x.shape, x.device))
     moment.codes.copy_(codes)
     moment.scales.copy_(scales)
 
@@ -177,7 +180,7 @@ def _pack_blocks(codes: Tensor, bits: int, n: int) -> Tensor:
 def write_parameter(parameter: Tensor, x: Tensor, key: int | None) -> None:
     """Round x, float32 [rows, n], to the parameter's dtype; bfloat16 at random, unless the key is None."""
     if parameter.dtype == torch.bfloat16 and key is not None:
-        random = random_bits(key, *x.shape, x.device) & 0xFFFF
+        random = random_bits(key, x.shape, x.device) & 0xFFFF
         x = ((x.view(torch.int32).long() + random) & ~0xFFFF).int().view(torch.float32)
     parameter.copy_(x)
 
@@ -305,5 +308,5 @@ class Step(NamedTuple):
 
 def take(steps: Sequence[Step]) -> list[Tensor]:
     """Take every step, in place; for each how many numbers of its gradient were not finite."""
-    rules = {"adamw": adamw_step, "sgd": sgd_step, "adagrad": adagrad_step}
+    rules: dict[str, Callable[..., Tensor]] = {"adamw": adamw_step, "sgd": sgd_step, "adagrad": adagrad_step}
     return [rules[s.rule](s.parameter, s.gradient, *s.moments, s.keys, **s.settings) for s in steps]

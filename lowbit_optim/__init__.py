@@ -1,4 +1,4 @@
-"""Second-order optimizers for PyTorch on states of a few bits a number."""
+"""Optimizers for PyTorch on states of a few bits a number: second-order ones, and first-order ones as their bases."""
 
 from importlib.metadata import version
 
@@ -6,9 +6,12 @@ from lowbit_optim import presets
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.groups import param_groups
 from lowbit_optim.optimizers.adabk import AdaBK
+from lowbit_optim.optimizers.adagrad import Adagrad
+from lowbit_optim.optimizers.adamw import AdamW
 from lowbit_optim.optimizers.caspr import CASPR
 from lowbit_optim.optimizers.ekfac import EKFAC
 from lowbit_optim.optimizers.kfac import KFAC
+from lowbit_optim.optimizers.sgd import SGD
 from lowbit_optim.optimizers.shampoo import Shampoo
 from lowbit_optim.optimizers.soap import SOAP
 from lowbit_optim.storage import Quantization
@@ -18,8 +21,11 @@ __all__ = [
     "CASPR",
     "EKFAC",
     "KFAC",
+    "SGD",
     "SOAP",
     "AdaBK",
+    "Adagrad",
+    "AdamW",
     "CheckpointError",
     "Quantization",
     "Shampoo",

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-COLUMNS = {"Shampoo": "Shampoo", "CASPR": "CASPR", "KFAC": "K-FAC", "AdaBK": "AdaBK", "EKFAC": "EKFAC", "SOAP": "SOAP"}
+# fmt: off
+COLUMNS = {
+    "Shampoo": "Shampoo", "CASPR": "CASPR", "KFAC": "K-FAC", "AdaBK": "AdaBK", "EKFAC": "EKFAC", "SOAP": "SOAP",
+    "AdamW": "AdamW", "SGD": "SGD", "Adagrad": "Adagrad",
+}
+# fmt: on
 
 HEAD = """# Conformance
 

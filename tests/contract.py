@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_optim import CASPR, EKFAC, KFAC, SOAP, AdaBK, Shampoo, presets
+from lowbit_optim import CASPR, EKFAC, KFAC, SGD, SOAP, AdaBK, Adagrad, AdamW, Shampoo, presets
 
 # Factors of order 16 and more are quantized, so that small models have codes in their state.
 small = {"lr": 0.01, "statistics_frequency": 2, "min_quant_size": 256}
@@ -46,11 +46,13 @@ OPTIMIZERS = {
     "shampoo-eigen": of_parameters(
         Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1
     ),
+    "shampoo-low-bit-base": of_parameters(Shampoo, **small, base_bits=4),
     "caspr": of_parameters(CASPR, **small),
     "soap": of_parameters(SOAP, lr=0.01, min_quant_size=256, precondition_frequency=2),
     "soap-eigen": of_parameters(
         SOAP, lr=0.01, min_quant_size=256, precondition_frequency=3, storage="cholesky", basis="eigen", amsgrad=True
     ),
+    "soap-low-bit-base": of_parameters(SOAP, lr=0.01, min_quant_size=256, precondition_frequency=2, base_bits=4),
 }
 LAYERED = {
     "kfac": of_a_model(KFAC, **small),
@@ -59,16 +61,24 @@ LAYERED = {
     "adabk": of_a_model(AdaBK, **small),
     "adabk-logarithm": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
     "ekfac": of_a_model(EKFAC, **small),
+    "ekfac-low-bit-base": of_a_model(EKFAC, **small, base="adagrad", base_bits=8),
     "ekfac-eigen": of_a_model(
         EKFAC, **small, **sgd, precondition_frequency=4, storage="cholesky", basis="eigen", graft=False, damping=0.1
     ),
 }
 OPTIMIZERS |= LAYERED
+FIRST_ORDER = {
+    "adamw": of_parameters(AdamW, lr=0.01, min_quant_size=256, bits=4),
+    "adamw-8-bits": of_parameters(AdamW, lr=0.01, min_quant_size=256, weight_decay=0.1),
+    "adagrad": of_parameters(Adagrad, lr=0.01, min_quant_size=256, bits=4),
+    "sgd": of_parameters(SGD, lr=0.01, min_quant_size=256, momentum=0.9, nesterov=True),
+}
 
 
 def each(names):
     """For every one of these optimizers, ``make(model, params=None, **settings)``."""
-    return pytest.mark.parametrize("make", [pytest.param(OPTIMIZERS[name], id=name) for name in names])
+    every = OPTIMIZERS | FIRST_ORDER
+    return pytest.mark.parametrize("make", [pytest.param(every[name], id=name) for name in names])
 
 
 each_optimizer = each(OPTIMIZERS)
@@ -77,6 +87,10 @@ each_of_parameters = each(name for name in OPTIMIZERS if name not in LAYERED)  #
 CLASSES = ["shampoo", "shampoo-eigen", "caspr", "kfac", "adabk", "ekfac", "soap"]
 each_class = each(CLASSES)
 each_but_soap = each(CLASSES[:-1])  # whose base is AdamW, always
+# With the first-order ones, in every setting or one of each class; torch's SGD, whose class ours is, counts no steps.
+each_one = each([*OPTIMIZERS, *FIRST_ORDER])
+each_public = each([*CLASSES, "adamw", "adagrad", "sgd"])
+each_counting = each([*CLASSES, "adamw", "adagrad"])
 
 
 # For the small model, at 4 bits, which every storage but dense supports.

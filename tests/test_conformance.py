@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conformance import COLUMNS
-from tests.contract import OPTIMIZERS
+from tests.contract import FIRST_ORDER, OPTIMIZERS
 
 SOME_TESTS = """
     import pytest
@@ -34,11 +34,11 @@ SOME_TESTS = """
 """
 
 TABLE = """
-|  | Shampoo | CASPR | K-FAC | AdaBK | EKFAC | SOAP |
-| --- | --- | --- | --- | --- | --- | --- |
-| It works | 0 of 2 | - | 1 of 1 | - | - | - |
-| Half of it works | - | - | - | - | - | 1 of 2 |
-| Cleaning up | - | 0 of 1 | - | - | - | - |
+|  | Shampoo | CASPR | K-FAC | AdaBK | EKFAC | SOAP | AdamW | SGD | Adagrad |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| It works | 0 of 2 | - | 1 of 1 | - | - | - | - | - | - |
+| Half of it works | - | - | - | - | - | 1 of 2 | - | - | - |
+| Cleaning up | - | 0 of 1 | - | - | - | - | - | - | - |
 """
 
 
@@ -51,4 +51,4 @@ def test_the_table(pytester, options):
 
 def test_columns_are_the_optimizers():
     """A class without a column would be left out of the table."""
-    assert COLUMNS.keys() == {make.optimizer.__name__ for make in OPTIMIZERS.values()}
+    assert COLUMNS.keys() == {make.optimizer.__name__ for make in (OPTIMIZERS | FIRST_ORDER).values()}

@@ -9,11 +9,14 @@ import lowbit_optim
 from lowbit_optim import KFAC
 from tests.contract import (
     CLASSES,
+    FIRST_ORDER,
     OPTIMIZERS,
     backward,
     copies,
     each_class,
+    each_one,
     each_optimizer,
+    each_public,
     loss_of,
     net,
     random,
@@ -29,13 +32,14 @@ def test_every_public_optimizer_keeps_the_contract():
     """One that is missing here would be tested nowhere."""
     public = [getattr(lowbit_optim, name) for name in lowbit_optim.__all__]
     optimizers = {one for one in public if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)}
-    assert {OPTIMIZERS[name].optimizer for name in CLASSES} == optimizers
+    tested = [OPTIMIZERS[name] for name in CLASSES] + list(FIRST_ORDER.values())
+    assert {make.optimizer for make in tested} == optimizers
 
 
 # ---------------------------------------------------------------------------------------------------- a step
 
 
-@each_optimizer
+@each_one
 def test_it_learns(make):
     model = net()
     before = loss_of(model, 0).item()
@@ -45,14 +49,14 @@ def test_it_learns(make):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@each_optimizer
+@each_one
 def test_a_run_repeats_to_the_last_bit(make):
     (one, first), (other, second) = run(make, 8), run(make, 8)
     assert same_models(one, other)
     assert same(first.state_dict(), second.state_dict())
 
 
-@each_optimizer
+@each_one
 def test_a_closure_is_called_once_and_its_loss_returned(make):
     """Called once, with gradients enabled, and its loss returned."""
     model, calls = net(), []
@@ -100,7 +104,7 @@ def test_the_base_sees_the_preconditioned_gradient():
         assert same(parameter.detach(), old - 0.5 * parameter.grad)
 
 
-@each_class
+@each_public
 @pytest.mark.parametrize("how", [True, False], ids=["to-none", "to-zeros"])
 def test_zero_grad_to_none_and_to_zeros(make, how):
     model, optimizer = run(make, 3)
@@ -112,7 +116,7 @@ def test_zero_grad_to_none_and_to_zeros(make, how):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@each_optimizer
+@each_one
 def test_a_parameter_without_a_gradient_is_left_alone(make):
     model = net()
     frozen = model.hidden.weight.requires_grad_(False)
@@ -122,7 +126,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(make):
     assert frozen not in optimizer.state
 
 
-@each_optimizer
+@each_one
 def test_a_step_without_gradients_does_nothing(make):
     model = net()
     optimizer = make(model)
@@ -161,7 +165,7 @@ def test_a_nan_in_a_gradient_makes_it_zero(make, caplog):
     assert len(caplog.messages) == 1
 
 
-@each_class
+@each_public
 def test_under_autocast_and_inference_settings(make):
     """What the user set for his model does not reach the preconditioner."""
     model, expected = net(), run(make, 5)[0]
@@ -174,7 +178,7 @@ def test_under_autocast_and_inference_settings(make):
     assert same_models(model, expected)
 
 
-@each_optimizer
+@each_one
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_parameters_of_any_floating_dtype(make, dtype):
     model = net(dtype)
@@ -352,7 +356,7 @@ def scaled(make, model, scaler):
     return make(model, grad_scale=scaler.get_scale) if issubclass(make.optimizer, KFAC) else make(model)
 
 
-@each_class
+@each_public
 @pytest.mark.parametrize("unscale", [True, False], ids=["unscaled-before", "unscaled-by-step"])
 def test_a_grad_scaler_and_its_overflow_step_change_nothing(make, unscale):
     """A power of two as scale changes nothing, nor does a step with an infinite gradient, which halves it."""

@@ -14,7 +14,9 @@ from tests.contract import (
     each,
     each_but_soap,
     each_class,
+    each_counting,
     each_of_parameters,
+    each_public,
     loss_of,
     net,
     random,
@@ -45,7 +47,7 @@ class Tied(Net):
         return self.head(torch.tanh(self.hidden(x) + self.again(2 * x)))
 
 
-@each_class
+@each_counting
 @pytest.mark.parametrize("module", [True, False], ids=["module", "weight"])
 def test_tied_parameters_are_one(make, module):
     """K-FAC and its kin leave a weight that two modules share to the base."""
@@ -58,7 +60,7 @@ def test_tied_parameters_are_one(make, module):
     assert finite(model)
 
 
-@each_class
+@each_counting
 def test_a_parameter_listed_twice_is_refused(make):
     """In two groups as torch does; in one group torch only warns, and steps twice."""
     model = net()
@@ -114,7 +116,7 @@ def test_empty_parameters_change_nothing(make):
 # --------------------------------------------------------------------------------- gradients that come and go
 
 
-@each_class
+@each_counting
 def test_parameters_that_are_thawed_late(make):
     """A frozen weight and a frozen bias join at the step in which they are thawed; frozen again, they stay."""
     model = net()
@@ -178,7 +180,7 @@ def test_parameters_swapped_in_the_groups_are_the_ones_updated(make):
     assert same_models(old, net())
 
 
-@each_class
+@each_public
 @pytest.mark.parametrize("steps", [0, 3])
 def test_parameters_swapped_in_the_model_and_the_groups(make, steps):
     """With their state, as moving a model by hand would; K-FAC's hooks follow the modules that they sit on."""
@@ -262,7 +264,7 @@ def test_casting_the_moments_to_the_models_dtype(make):
     assert loss_of(model, 0).item() < before
 
 
-@each_class
+@each_public
 @pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
 def test_moving_the_model_after_steps(make, device):
     """State follows its parameter at the next step, and comes back."""

@@ -14,7 +14,8 @@ from lowbit_optim import Quantization, Shampoo, presets
 from tests.contract import (
     copies,
     each_class,
-    each_optimizer,
+    each_one,
+    each_public,
     net,
     random,
     run,
@@ -49,7 +50,7 @@ def resumed(make, model, state_dict):
     return model, optimizer
 
 
-@each_optimizer
+@each_one
 @each_dtype
 def test_saved_loaded_and_continued_to_the_last_bit(make, dtype):
     """Codes stay uint8, scales float32, counters int64, although torch casts what it loads to the parameter's dtype."""
@@ -69,7 +70,7 @@ def test_saved_loaded_and_continued_to_the_last_bit(make, dtype):
     assert same(other.state_dict(), optimizer.state_dict())
 
 
-@each_optimizer
+@each_one
 def test_two_optimizers_share_no_memory(make):
     model, optimizer = run(make, 3)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
@@ -81,7 +82,7 @@ def test_two_optimizers_share_no_memory(make):
     assert same(copies(optimizer), before)
 
 
-@each_optimizer
+@each_one
 def test_load_before_the_first_step(make):
     """accelerate loads the state dict of an optimizer that has not stepped into itself."""
     model = net()
@@ -94,7 +95,7 @@ def test_load_before_the_first_step(make):
     assert same_models(model, run(make, 8)[0])
 
 
-@each_class
+@each_public
 def test_load_over_other_state(make):
     model, optimizer = run(make, 4)
     other_model, other = run(make, 3, net(seed=1))
@@ -106,7 +107,7 @@ def test_load_over_other_state(make):
     assert same(other.state_dict(), fresh)
 
 
-@each_class
+@each_public
 def test_load_what_has_seen_only_some_gradients(make):
     model = net()
     model.hidden.weight.requires_grad_(False)
@@ -118,7 +119,7 @@ def test_load_what_has_seen_only_some_gradients(make):
     assert same_models(model, other_model)
 
 
-@each_optimizer
+@each_one
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("steps", [0, 5])
 def test_deepcopy_and_pickle_continue_alike(make, how, steps):
@@ -138,7 +139,7 @@ def test_deepcopy_and_pickle_continue_alike(make, how, steps):
     assert len(optimizer.param_groups) == 1
 
 
-@each_optimizer
+@each_one
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "stepped"])
 def test_distributed_checkpoint_state_dicts(make, flat, steps):
@@ -191,7 +192,7 @@ def test_settings_come_with_the_state(make):
     assert same_models(model, other_model)
 
 
-@each_class
+@each_public
 def test_hooks_of_loading_are_called(make):
     """A pre hook sees tensors, and may adapt a state dict that would not fit."""
     model, optimizer = run(make, 4)
@@ -214,7 +215,7 @@ def test_hooks_of_loading_are_called(make):
     assert len(seen) == 2 * saw
 
 
-@each_class
+@each_public
 def test_the_state_dict_is_the_live_state(make):
     """As torch's: no copies, so that saving needs no memory."""
     _, optimizer = run(make, 3)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lowbit_optim.storage.codebooks import codebook
+from lowbit_optim.storage.small_floats import code_table
 
 # fmt: off
 DTYPES = {
@@ -100,7 +101,7 @@ def codec_metadata(optimizer: Any, names: dict[int, str]) -> dict[str, str]:
     }
     tables: dict[str, dict[str, list[float]]] = {}
     for name, bits in {used for codec in codecs.values() for used in _codebooks(codec)}:
-        tables.setdefault(name, {})[str(bits)] = codebook(name, bits).tolist()
+        tables.setdefault(name, {})[str(bits)] = code_table(name, bits) or codebook(name, bits).tolist()
     return {"codecs": json.dumps(codecs), "codebooks": json.dumps(tables)}
 
 

@@ -97,6 +97,8 @@ class EKFAC(KFAC):
         lr: learning rate, handed to the base. Default 1e-3.
         model: the module whose layers they are of. Hooks are added to it; ``close()`` removes them.
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
+            :class:`SGD` or :class:`Adagrad` of this library). Default 32.
         bits: of each stored n x n matrix, factors and bases alike. Default 4.
         storage, quantization, layout, precondition, min_quant_size, statistic_limit, graft, workspace: as for
             :class:`Shampoo`.
@@ -123,6 +125,7 @@ class EKFAC(KFAC):
         *,
         model: nn.Module | None = None,
         base: str | type[Optimizer] = "adamw",
+        base_bits: int = 32,
         bits: float = 4,
         storage: str = "root",
         basis: str = "reflector",

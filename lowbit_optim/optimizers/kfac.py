@@ -190,6 +190,8 @@ class KFAC(SecondOrder):
         lr: learning rate, handed to the base. Default 1e-3.
         model: the module whose layers they are of. Hooks are added to it; ``close()`` removes them.
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
+            :class:`SGD` or :class:`Adagrad` of this library). Default 32.
         bits, storage, quantization, layout, precondition, min_quant_size, start_preconditioning_step, statistic_limit,
             rectify_update, rectify_root, graft, workspace: as for :class:`Shampoo`; rectifications default to 0.
         statistics_frequency: steps between statistics updates (T1). Default 200.
@@ -222,6 +224,7 @@ class KFAC(SecondOrder):
         *,
         model: nn.Module | None = None,
         base: str | type[Optimizer] = "adamw",
+        base_bits: int = 32,
         bits: float = DEFAULT_BITS,
         storage: str = "root",
         quantization: Quantization | None = None,

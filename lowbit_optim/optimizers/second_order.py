@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.settings import (
     KEPT_AS,
     STORED,
@@ -20,15 +21,19 @@ from lowbit_optim.optimizers.settings import (
     plain,
 )
 from lowbit_optim.optimizers.state import (
-    Sealed,
+    LISTED_TWICE,
     base_part,
     check_base_part,
+    check_groups,
     check_moments,
     given_back,
     home,
     lent,
+    opened,
     rebuild,
+    sealed,
     to_device,
+    unhooked,
     where,
     without_base,
 )
@@ -56,7 +61,7 @@ class SecondOrder(Optimizer):
         base: str | type[Optimizer],
         base_kwargs: dict[str, Any],
     ) -> None:
-        base_type = base_class(base)
+        base_type = base_class(base, settings["base_bits"])
         check_base_keywords(type(self).__name__, base_type, base_kwargs, settings)
         self.base: Optimizer | None = None
         self.preconditioner = preconditioner
@@ -88,10 +93,7 @@ class SecondOrder(Optimizer):
         own = self.param_groups[-1]["params"]
         if len(set(own)) < len(own):
             del self.param_groups[count:]
-            raise ValueError(
-                "a param group has the same parameter twice, and every step would count twice: list each parameter "
-                "once, as model.parameters() does"
-            )
+            raise ValueError(LISTED_TWICE)
         for parameter in own:
             if parameter.is_complex():
                 del self.param_groups[count:]
@@ -135,8 +137,8 @@ class SecondOrder(Optimizer):
         """How the coded tensors of ``state_dict()`` are to be read.
 
         Returns:
-            For each parameter's index, for each factor ("left", "right"), a JSON-able dict: the form, and the fields
-            of its ``Quantization``.
+            For each parameter's index, for each factor ("left", "right") and each of the base's moments in codes
+            ("base.exp_avg", ...), a JSON-able dict: the form, and the fields of its ``Quantization``.
         """
         self._prepare()
         codecs: dict[int, dict[str, dict[str, Any]]] = {}
@@ -145,6 +147,9 @@ class SecondOrder(Optimizer):
             if parameter in self.state and cut is not None:
                 forms = self.preconditioner.forms(group, cut)
                 codecs[index] = {"left": forms.left.describe(), "right": forms.right.describe()}
+        if isinstance(self.base, FirstOrder):
+            for index, moments in self.base.state_codecs().items():
+                codecs.setdefault(index, {}).update(given_back(moments))
         return codecs
 
     @torch.no_grad()
@@ -248,7 +253,10 @@ class SecondOrder(Optimizer):
         self._check_base_alone()
         self._check_groups(state_dict)
         assert self.base is not None
-        check_base_part(state_dict, self.defaults["base"], self.base.defaults)
+        # Older versions of torch lack some of the switches, and torch itself our keywords; the base has defaults.
+        ours = self.base.own if isinstance(self.base, FirstOrder) else ()
+        options = {k: v for k, v in self.base.defaults.items() if k not in ours}
+        check_base_part(state_dict, self.defaults["base"], options)
         self._prepare()
         # Read by an optimizer of the base's class, which knows what its older versions lacked, and how it casts.
         reader = rebuild(*self._base_and_attributes(), [dict(group) for group in self.param_groups])
@@ -293,20 +301,12 @@ class SecondOrder(Optimizer):
         return {*self._settings, "base", "kept_as"}
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
-        sizes, saved = ([len(g["params"]) for g in x] for x in (self.param_groups, state_dict["param_groups"]))
-        if sizes != saved:
-            raise ValueError(
-                f"the state dict has param groups of sizes {saved}; the optimizer's are {sizes}: give it the "
-                "parameters in the same groups, in the same order"
-            )
+        check_groups(state_dict, self.param_groups)
 
     def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
         self.check_state_dict(state_dict)
-        sealed = {index: {k: Sealed(v) for k, v in own.items()} for index, own in state_dict["state"].items()}
-        return {**state_dict, "state": sealed}
+        return sealed(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base = state.pop("base", None)
@@ -319,9 +319,7 @@ class SecondOrder(Optimizer):
                 group.setdefault(key, plain(self.defaults[key]))
         for parameter, group in self._parameters():
             own = self.state.get(parameter, {})
-            self.state[parameter] = {
-                k: v.open(home(k, v.value, parameter, group)) if isinstance(v, Sealed) else v for k, v in own.items()
-            }
+            self.state[parameter] = opened(own, parameter, group)
             if not own:
                 del self.state[parameter]
 
@@ -398,6 +396,8 @@ class SecondOrder(Optimizer):
                 got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
                 raise ValueError(f"{name}: {key} is {got}; it must be {dtype} {list(shape)}")
         check_moments(index, parameter, lent(state))
+        if isinstance(self.base, FirstOrder):
+            self.base.check_state(index, parameter, group, lent(state))
 
     def _step_base(self) -> None:
         """The base's step, without its hooks: this optimizer's own step has fired the global ones already."""
@@ -407,10 +407,7 @@ class SecondOrder(Optimizer):
         for parameter, own in self.state.items():
             if own_of_base := lent(own):
                 self.base.state[parameter] = own_of_base
-        step = type(self.base).step
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__  # type: ignore[attr-defined]
-        step(self.base)
+        unhooked(type(self.base).step)(self.base)
         for parameter, own in self.base.state.items():
             self.state[parameter].update(given_back(own))
         self.base.state = defaultdict(dict)

@@ -11,15 +11,21 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from lowbit_optim.optimizers.adagrad import Adagrad
+from lowbit_optim.optimizers.adamw import AdamW
+from lowbit_optim.optimizers.first_order import FirstOrder, check_group_of_moments
+from lowbit_optim.optimizers.sgd import SGD
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.budget import BITS
+from lowbit_optim.storage.small_floats import MOMENT_BITS
 
 BASES: dict[str, type[Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
 }
+LOW_BIT_BASES: dict[str, type[FirstOrder]] = {"adamw": AdamW, "sgd": SGD, "adagrad": Adagrad}
 
 
 def _integer(least: int) -> Callable[[Any], bool]:
@@ -42,6 +48,7 @@ _SWITCH = ("True or False", _boolean)
 # keyword: (the rule in words, the rule)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": (f"one of {', '.join(map(str, BITS))}", _number(lambda x: x in BITS)),
+    "base_bits": (f"one of {', '.join(map(str, MOMENT_BITS))}", _number(lambda x: x in MOMENT_BITS)),
     "quantization": ("a Quantization or None", lambda x: x is None or isinstance(x, (Quantization, tuple, list))),
     "precondition": _SWITCH,
     "max_preconditioner_dim": _POSITIVE,
@@ -78,9 +85,10 @@ KEPT_AS = (
     "root_power",
     "damping_rule",
     "basis",
+    "base_bits",
 )
 # What a state dict must share with the optimizer that loads it; its other settings come with it, as in any optimizer.
-STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis")
+STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis", "base_bits")
 
 
 def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner) -> None:
@@ -90,6 +98,13 @@ def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditione
     for key, (rule, holds) in _RULES.items():
         if key in group and not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
+    if group["base"] in {base_name(kind) for kind in LOW_BIT_BASES.values()}:
+        check_group_of_moments(group)
+    elif group["base_bits"] != 32:
+        raise ValueError(
+            f"a param group has base_bits={group['base_bits']}, but the base is {group['base']}: give base_bits to the "
+            "constructor, with base='adamw', 'sgd' or 'adagrad', and base_bits=32 to the groups that want it"
+        )
     refresh = group["precondition_frequency"]
     # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.
     form = preconditioner.form({**group, "quantization": plain(group["quantization"])}, 64)
@@ -114,10 +129,15 @@ def base_name(base: type[Optimizer]) -> str:
     return f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
 
 
-def base_class(base: str | type[Optimizer]) -> type[Optimizer]:
-    """The optimizer class that ``base`` names or is; ValueError if it is neither."""
+def base_class(base: str | type[Optimizer], bits: Any) -> type[Optimizer]:
+    """The optimizer class that ``base`` names or is, with moments of ``bits``; ValueError if there is none."""
     if isinstance(base, str) and base in BASES:
-        return BASES[base]
+        return BASES[base] if bits == 32 else LOW_BIT_BASES[base]
+    if bits != 32 and not (isinstance(base, type) and issubclass(base, FirstOrder)):
+        raise ValueError(
+            f"base_bits is {bits!r}, but base is {base!r}: only {', '.join(map(repr, BASES))} and the first-order "
+            "optimizers of lowbit_optim have base_bits; leave it out, and give the base its own keywords"
+        )
     if isinstance(base, type) and issubclass(base, Optimizer) and not _wants_more_gradients(base):
         return base
     raise ValueError(

@@ -41,6 +41,8 @@ class Shampoo(SecondOrder):
         params: parameters, named parameters or param groups, as for any torch optimizer.
         lr: learning rate, handed to the base. Default 1e-3.
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
+        base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
+            :class:`SGD` or :class:`Adagrad` of this library). Default 32.
         bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
             them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 2.
         storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "logarithm"
@@ -94,6 +96,7 @@ class Shampoo(SecondOrder):
         lr: Any = 1e-3,
         *,
         base: str | type[Optimizer] = "adamw",
+        base_bits: int = 32,
         bits: float = DEFAULT_BITS,
         storage: str = "root",
         quantization: Quantization | None = None,

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.kernels.first_order import keys
 from lowbit_optim.linalg import full_precision
+from lowbit_optim.optimizers.first_order import moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
@@ -40,12 +42,12 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
             kept: of each unit what its parameter was before; None after its first gradient.
         """
         with full_precision():
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter in kept:
-                        self._finish(parameter, group, state[parameter], kept[parameter])
+            places = [(parameter, group) for group in groups for parameter in group["params"]]
+            for index, (parameter, group) in enumerate(places):
+                if parameter in kept:
+                    self._finish(index, parameter, group, state[parameter], kept[parameter])
 
-    def _finish(self, parameter: Tensor, group: Group, state: dict[str, Any], kept: Tensor | None) -> None:
+    def _finish(self, index: int, parameter: Tensor, group: Group, state: dict[str, Any], kept: Tensor | None) -> None:
         cut, dtype, steps = self.blocking(parameter, group), working_dtype(parameter), int(state["step"])
         assert cut is not None
         forms, stack = self.forms(group, cut), Stack([state], [1])
@@ -60,12 +62,14 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         if kept is None:
             return
         left, right = (n.mT @ o for n, o in zip(forms.roots(stack, 0, 1, dtype), old, strict=True))
-        mean = state["base.exp_avg"]
-        mean.copy_(cut.merge(left @ cut.split(mean).to(dtype) @ right.mT))
-        for name in ("base.exp_avg_sq", "base.max_exp_avg_sq"):
-            if name in state:
-                squares = cut.split(state[name])[:, orders[0]][:, :, orders[1]]
-                state[name].copy_(cut.merge(squares))
+        key = keys(group.get("seed", 0), ~index, steps)  # other random bits than those of AdamW's own step
+        mean, square = (moment_form(parameter, group, kind) for kind in ("signed", "unsigned"))
+        turned = left @ cut.split(mean.read("base.exp_avg", state, parameter.shape)).to(dtype) @ right.mT
+        mean.write("base.exp_avg", state, cut.merge(turned), key.first)
+        names = ["base.exp_avg_sq"] + ["base.max_exp_avg_sq"] * ("base.max_exp_avg_sq" in state)
+        for name in names:
+            squares = cut.split(square.read(name, state, parameter.shape))[:, orders[0]][:, :, orders[1]]
+            square.write(name, state, cut.merge(squares), key.second)
 
     def _turn(self, side: str, form: Any, stack: Stack, dtype: torch.dtype, first: bool) -> Tensor:
         state, order = form.turn(stack.read(side, 0, 1), dtype, anew=first)
@@ -92,6 +96,7 @@ class SOAP(SecondOrder):
         params: parameters, named parameters or param groups, as for any torch optimizer.
         lr: learning rate. Default 3e-3.
         betas, eps, weight_decay: of AdamW. Default (0.95, 0.95), 1e-8, 0.01.
+        base_bits: of each number of AdamW's moments, as for :class:`Shampoo`. Default 32.
         bits: of each stored n x n matrix, factors and bases alike. Default 4.
         storage: how factors are kept, as for :class:`Shampoo`. Default "root".
         basis: how bases are kept: "reflector" (Householder reflectors, exactly orthogonal) or "eigen" (the
@@ -121,6 +126,7 @@ class SOAP(SecondOrder):
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        base_bits: int = 32,
         bits: float = 4,
         storage: str = "root",
         basis: str = "reflector",

@@ -1,7 +1,7 @@
 """A second-order optimizer's state: what of it is the base's, where its tensors belong, how they pass through torch."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 BASE = "base."
+
+LISTED_TWICE = (
+    "a param group has the same parameter twice, and every step would count twice: list each parameter once, as "
+    "model.parameters() does"
+)
 
 # What has the parameter's shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
@@ -43,7 +48,6 @@ def base_part(state_dict: Mapping[str, Any], ours: Collection[str]) -> dict[str,
 
 def check_base_part(state_dict: Mapping[str, Any], base: str, defaults: Mapping[str, Any]) -> None:
     """Raise ValueError unless a state dict is one of the base, whose options have these defaults."""
-    # Older versions of torch lack some of the switches, for which the base has defaults.
     needed = {key for key, default in defaults.items() if default is not None and not isinstance(default, bool)}
     for group in state_dict["param_groups"]:
         if "base" in group:
@@ -90,6 +94,34 @@ class Sealed:
     def open(self, device: torch.device) -> Any:
         """The value; a tensor as a copy on ``device``, so that two optimizers never share state."""
         return self.value.detach().to(device, copy=True) if isinstance(self.value, Tensor) else self.value
+
+
+def sealed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict whose state torch leaves as it is: it casts every tensor to the parameter's dtype."""
+    state = {index: {k: Sealed(v) for k, v in own.items()} for index, own in state_dict["state"].items()}
+    return {**state_dict, "state": state}
+
+
+def opened(own: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state with what was sealed, where it belongs."""
+    return {k: v.open(home(k, v.value, parameter, group)) if isinstance(v, Sealed) else v for k, v in own.items()}
+
+
+def check_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless a state dict has groups of as many parameters as these."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"a state dict has 'state' and 'param_groups'; this one has {sorted(state_dict)}")
+    sizes, saved = ([len(g["params"]) for g in x] for x in (groups, state_dict["param_groups"]))
+    if sizes != saved:
+        raise ValueError(
+            f"the state dict has param groups of sizes {saved}; the optimizer's are {sizes}: give it the "
+            "parameters in the same groups, in the same order"
+        )
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's ``step`` without its hooks, where another's step has fired the global ones already."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -19,28 +19,35 @@ _TROUBLES = (
 class Watch:
     """Looks at the troubles of each step; on CUDA when they have arrived on the host."""
 
-    def __init__(self) -> None:
-        self._warned = [False for _ in _TROUBLES]
+    def __init__(self, messages: tuple[str, ...] = _TROUBLES) -> None:
+        self._messages = messages
+        self._warned = [False for _ in messages]
         self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def __call__(self, troubles: Tensor | None) -> None:
-        """Warn of non-finite gradient blocks and failed decompositions, int64 [2], unless that was said before."""
+        """Warn of troubles, by default non-finite gradient blocks and failed decompositions, unless that was said.
+
+        Args:
+            troubles: how many of each, int64 [as many as messages].
+        """
         if troubles is None or all(self._warned):
             return
         arrived = [troubles]
         if troubles.is_cuda:
-            host = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(troubles, non_blocking=True)
+            host = torch.empty(len(self._messages), dtype=torch.int64, pin_memory=True).copy_(
+                troubles, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record()
             self._pending.append((host, event))
             arrived = []
             while self._pending and self._pending[0][1].query():
                 arrived.append(self._pending.pop(0)[0])
-        for i, message in enumerate(_TROUBLES):
+        for i, message in enumerate(self._messages):
             count = sum(int(t[i]) for t in arrived)
             if count and not self._warned[i]:
                 logger.warning(message, count)
                 self._warned[i] = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_warned": list(self._warned), "_pending": []}
+        return {"_messages": self._messages, "_warned": list(self._warned), "_pending": []}

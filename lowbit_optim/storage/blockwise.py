@@ -142,16 +142,16 @@ def encode_tensor(x: Tensor, codec: Codec) -> Parts:
 
     Rows under 32 numbers, and so every 1-D tensor, stay in at least float32, whatever the codec is.
     """
-    count, length = _rows(x.shape)
+    count, length = rows_of(x.shape)
     return encode(x.reshape(count, length), codec if length >= MIN_ROW else None)
 
 
 def decode_tensor(parts: Parts, codec: Codec, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of ``encode_tensor`` for a tensor of ``shape``, in ``dtype`` (float32 or float64)."""
-    length = _rows(shape)[1]
+    length = rows_of(shape)[1]
     return decode(parts, codec if length >= MIN_ROW else None, length, dtype).reshape(shape)
 
 
-def _rows(shape: torch.Size) -> tuple[int, int]:
+def rows_of(shape: torch.Size) -> tuple[int, int]:
     """Rows and their length in the (first dim, rest) view; sharding the first dim never changes a row."""
     return (shape[0], shape[1:].numel()) if shape else (1, 1)

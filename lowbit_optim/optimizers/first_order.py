@@ -1,0 +1,363 @@
+"""First-order optimizers with moments of few bits: torch's own step where nothing is coded, a fused one elsewhere."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowbit_optim import kernels
+from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
+from lowbit_optim.optimizers.state import LISTED_TWICE, check_groups, home, opened, sealed, to_device, unhooked, where
+from lowbit_optim.optimizers.watch import Watch
+from lowbit_optim.storage.blockwise import rows_of
+from lowbit_optim.storage.small_floats import MOMENT_BITS, Layout, SmallFloats, has_codes
+
+Group = dict[str, Any]
+
+_TROUBLES = (
+    "%d numbers of gradients were not finite and counted as zero; state[p]['nonfinite'] counts them. This is said "
+    "once.",
+)
+# Options of torch's optimizers that moments in codes do not have.
+_REFUSED = {
+    "amsgrad": "keeps a running maximum, which rounding at random would raise step by step",
+    "capturable": "would keep the step count on the device, and the host decides how codes are rounded",
+    "differentiable": "would need a gradient of rounding",
+}
+
+
+class FirstOrder(Optimizer):
+    """What the first-order optimizers of this library have beside torch's own, which follows in their bases.
+
+    A parameter whose moments are codes, or that is bfloat16 or float16, takes a fused step of ours in float32. Every
+    other one takes torch's own step with all of its options. As the base of a second-order optimizer, it finds its
+    ``bits`` in the groups as "base_bits".
+
+    ``state[p]`` holds "step", each moment under the name that torch has for it (as codes: "<name>.codes" and
+    "<name>.scales"), and, with a step of ours, "nonfinite": how many numbers of gradients were not finite and counted
+    as zero, int64.
+    """
+
+    rule: ClassVar[str]  # of ``kernels.first_order``
+    moments: ClassVar[dict[str, str]]  # name in the state -> "signed" or "unsigned"
+    # The keywords that torch's class does not have.
+    own: ClassVar[tuple[str, ...]] = ("bits", "min_quant_size", "seed", "stochastic_rounding")
+
+    _keywords: dict[str, Any]
+    _watch: Watch
+
+    def _construct(self, params: Any, given: dict[str, Any]) -> None:
+        """What a constructor does with its locals."""
+        options = {key: value for key, value in given.items() if key not in ("self", "params", "__class__")}
+        self._keywords = {key: options.pop(key) for key in self.own}
+        self._watch = Watch(_TROUBLES)
+        super().__init__(params, **options)  # torch's constructor
+        self.defaults.update(self._keywords)
+        self._step_supports_amp_scaling = False  # what torch's fused step does with a GradScaler, ours leaves to it
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; ``bits`` and every other keyword may be set in it.
+
+        Raises:
+            ValueError: bits that a moment cannot have, an option that moments in codes do not have, or a parameter
+                that is there already; the optimizer is left as it was.
+        """
+        for key, value in self._keywords.items():
+            param_group.setdefault(key, value)
+        check_group_of_moments({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        own = self.param_groups[-1]["params"]
+        if len(set(own)) < len(own):
+            del self.param_groups[-1]
+            raise ValueError(LISTED_TWICE)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def takes(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the parameter takes a step of ours."""
+        low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in _REFUSED)
+        return low or moment_form(parameter, group, "signed").bits < 32
+
+    def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
+        """The moments that a group has."""
+        return self.moments
+
+    def layout(self, parameter: Tensor, group: Mapping[str, Any]) -> Layout | None:
+        """Shape and dtype of every tensor in the state of a parameter; None if it takes torch's step."""
+        if not self.takes(parameter, group):
+            return None
+        layout: Layout = {"step": (torch.Size(), torch.float32), "nonfinite": (torch.Size(), torch.int64)}
+        for name, kind in self.kept(group).items():
+            layout |= moment_form(parameter, group, kind).layout(name, parameter.shape)
+        return layout
+
+    def state_codecs(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """How the coded tensors of ``state_dict()`` are to be read: by index, by moment, the fields of the codec."""
+        codecs: dict[int, dict[str, dict[str, Any]]] = {}
+        for index, (parameter, group) in enumerate(self._parameters()):
+            forms = {name: moment_form(parameter, group, kind) for name, kind in self.kept(group).items()}
+            if coded := {name: form.describe() for name, form in forms.items() if form.bits < 32}:
+                codecs[index] = coded
+        return codecs
+
+    def _created(self, parameter: Tensor, group: Group) -> dict[str, Any]:
+        """The state of a parameter that takes a step of ours, made now if there is none."""
+        own = self.state[parameter]
+        if not own:
+            layout = self.layout(parameter, group)
+            assert layout is not None
+            for key, (shape, dtype) in layout.items():
+                own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
+        elif own["nonfinite"].device != parameter.device:  # the model was moved
+            own.update({key: to_device(value, home(key, value, parameter, group)) for key, value in own.items()})
+        return own
+
+    def check_state(self, index: int, parameter: Tensor, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Raise ValueError if what is there of a parameter's state is not what its group's settings ask for."""
+        layout = self.layout(parameter, group)
+        if not own:
+            return
+        if layout is None:
+            if wrong := [key for key in own if key.endswith((".codes", ".scales"))]:
+                raise ValueError(
+                    f"{where(index, parameter)} has the state {', '.join(wrong)}, but the settings of its group "
+                    f"(bits={moment_bits(group)}, min_quant_size={group['min_quant_size']}) are for 32 bits: set them "
+                    "back; to go on with others, make a new optimizer, which starts anew"
+                )
+            return
+        if own.keys() != layout.keys():
+            wrong = sorted(own.keys() ^ layout.keys())
+            raise ValueError(
+                f"{where(index, parameter)}: the state and the settings of its group (bits={moment_bits(group)}, "
+                f"min_quant_size={group['min_quant_size']}) do not have the same tensors: {', '.join(wrong)}. Set them "
+                "back; to go on with others, make a new optimizer, which starts anew"
+            )
+        for key, (shape, dtype) in layout.items():
+            got = own[key]
+            if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
+                got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
+                raise ValueError(f"{where(index, parameter)}: {key} is {got}; it must be {dtype} {list(shape)}")
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter with a gradient.
+
+        Numbers of a gradient that are not finite count as zero where the step is ours; they are counted in the state
+        and said once in the log. (torch's own step, for moments of 32 bits, lets them pass.)
+
+        Args:
+            closure: evaluated first, with gradients enabled; its value is returned.
+
+        Raises:
+            TypeError: a sparse gradient of a parameter with moments in codes; nothing has changed then.
+            ValueError: a group's settings were changed so that its state no longer fits; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ours = []
+        for index, (parameter, group) in enumerate(self._parameters()):
+            if parameter.grad is not None:
+                self.check_state(index, parameter, group, self.state.get(parameter, {}))
+                if self.takes(parameter, group):
+                    _check_gradient(index, parameter)
+                    ours.append((index, parameter, group))
+        self._step_others({parameter for _, parameter, _ in ours})
+        self._step_ours(ours)
+        return loss
+
+    def _step_ours(self, ours: list[tuple[int, Tensor, Group]]) -> None:
+        if not ours:
+            return
+        steps = [self._step_of(index, parameter, group) for index, parameter, group in ours]
+        bad = kernels.take_steps(steps)
+        for (_, parameter, _), step, count in zip(ours, steps, bad, strict=True):
+            self.state[parameter]["nonfinite"] += count
+            if not parameter.is_contiguous():
+                parameter.copy_(step.parameter.view_as(parameter))
+        total = torch.stack([count.to(bad[0].device) for count in bad]).sum()
+        self._watch(total.unsqueeze(0))
+
+    def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
+        own = self._created(parameter, group)
+        own["step"] += 1
+        count = int(own["step"])
+        shape = rows_of(parameter.shape)
+        assert parameter.grad is not None
+        return Step(
+            self.rule,
+            parameter.detach().contiguous().view(shape),
+            parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.bfloat16)).contiguous().view(shape),
+            tuple(self._views(parameter, group, own)),
+            self.keys(index, group, count),
+            {
+                "sign": -1.0 if group["maximize"] else 1.0,
+                "stochastic": bool(group["stochastic_rounding"]),
+                **self._rule_settings(group, count),
+            },
+        )
+
+    def keys(self, index: int, group: Mapping[str, Any], count: int) -> Keys:
+        """What determines the rounding in a step of the parameter of this index."""
+        return keys(int(group["seed"]), index, count)
+
+    def _views(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> Iterable[Moment]:
+        kept = self.kept(group)
+        for name, kind in self.moments.items():
+            if name in kept:
+                yield moment_form(parameter, group, kind).view(name, own, parameter.shape)
+            else:  # a rule without this moment is one with a moment that starts anew
+                yield zeros(*rows_of(parameter.shape), 32, parameter.device)
+
+    def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
+        """The keywords of the rule in a parameter's step of this number."""
+        raise NotImplementedError
+
+    def _step_others(self, ours: set[Tensor]) -> None:
+        """Torch's step, for all other parameters."""
+        groups = self.param_groups
+        others = [{**group, "params": [p for p in group["params"] if p not in ours]} for group in groups]
+        if not any(p.grad is not None for group in others for p in group["params"]):
+            return
+        self.param_groups = others
+        try:
+            unhooked(super().step.__func__)(self)  # type: ignore[attr-defined]
+        finally:
+            self.param_groups = groups
+
+    def _parameters(self) -> list[tuple[Tensor, Group]]:
+        return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+
+    # ---- saving and loading ------------------------------------------------------------------------------------------
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
+        check_groups(state_dict, self.param_groups)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            name = "base_bits" if "base_bits" in group else "bits"
+            if saved.get(name, group[name]) != group[name]:
+                raise ValueError(
+                    f"the state dict has {name}={saved[name]!r}; the optimizer has {group[name]!r}. Load it into an "
+                    f"optimizer with the {name} that it has"
+                )
+            settings = {**group, **saved}
+            check_group_of_moments(settings)
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                self.check_state(index, parameter, settings, state_dict["state"].get(index, {}))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict exactly: every tensor keeps its dtype and goes to its parameter's device.
+
+        That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes.
+
+        Raises:
+            ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
+        """
+
+        def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            given = self._from_torch(given)
+            self.check_state_dict(given)
+            return sealed(given)
+
+        # As the last of the pre hooks, for the user's may change the state dict.
+        seal = self.register_load_state_dict_pre_hook(prepare)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            seal.remove()
+
+    def _places(self, state_dict: Mapping[str, Any]) -> dict[Any, tuple[Tensor, Group]]:
+        """The parameter, and its live group, of each index in a state dict."""
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        return {
+            index: (parameter, group)
+            for group, saved in pairs
+            for parameter, index in zip(group["params"], saved["params"], strict=True)
+        }
+
+    def _from_torch(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict in which torch's moments are as this optimizer keeps them, and groups have all its keywords."""
+        check_groups(state_dict, self.param_groups)
+        groups = [
+            {**{key: live[key] for key in self.own}, **saved}
+            for live, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        state = dict(state_dict["state"])
+        for index, (parameter, group) in self._places(state_dict).items():
+            own = state.get(index)
+            if own and self.takes(parameter, group) and "nonfinite" not in own:
+                state[index] = self._encoded(index, parameter, group, own)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _encoded(self, index: int, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Torch's state of a parameter as it is kept here."""
+        kept = self.kept(group)
+        if missing := [name for name in kept if not isinstance(own.get(name), Tensor)]:
+            raise ValueError(f"{where(index, parameter)}: the state dict lacks {', '.join(missing)}")
+        encoded: dict[str, Any] = {
+            "step": torch.tensor(float(own.get("step", 1)), device="cpu"),  # torch's SGD does not count
+            "nonfinite": torch.zeros((), dtype=torch.int64),
+        }
+        for name, kind in kept.items():
+            moment, form = own[name], moment_form(parameter, group, kind)
+            if moment.shape != parameter.shape:
+                raise ValueError(f"{where(index, parameter)}: its {name} in the state dict is {list(moment.shape)}")
+            parts = form.zeros(name, parameter.shape, moment.device)
+            form.write(name, parts, moment, self.keys(index, group, 0).first)
+            encoded |= parts
+        return encoded
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = state.get("param_groups", [])
+        parameters = {parameter: group for group in groups for parameter in group["params"]}
+        for parameter, own in state.get("state", {}).items():
+            if parameter in parameters:
+                own.update(opened(own, parameter, parameters[parameter]))
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self._keywords.items():  # what an older version did not know
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_keywords": self._keywords, "_watch": copy.copy(self._watch)}
+
+
+def moment_bits(group: Mapping[str, Any]) -> int:
+    """How many bits a group asks for; as a base's group it has the bits of factors, too."""
+    return group.get("base_bits", group["bits"])
+
+
+def moment_form(parameter: Tensor, group: Mapping[str, Any], kind: str) -> SmallFloats:
+    """How a group keeps a moment of this kind of a parameter."""
+    coded = has_codes(parameter.shape, parameter.dtype, group["min_quant_size"])
+    return SmallFloats(kind, moment_bits(group) if coded else 32)
+
+
+def _check_gradient(index: int, parameter: Tensor) -> None:
+    """Raise TypeError unless a parameter's gradient can become codes."""
+    assert parameter.grad is not None
+    if parameter.grad.layout != torch.strided:
+        raise TypeError(
+            f"{where(index, parameter)} has a gradient that is {parameter.grad.layout}; moments in codes need a dense "
+            "one: build the embedding with sparse=False, or give its group bits=32"
+        )
+
+
+def check_group_of_moments(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a group's settings of moments, or two of them together, cannot be."""
+    name = "base_bits" if "base_bits" in group else "bits"
+    bits = moment_bits(group)
+    if bits not in MOMENT_BITS or isinstance(bits, bool):
+        raise ValueError(f"{name} is {bits!r}; moments have one of {', '.join(map(str, MOMENT_BITS))} bits")
+    for option, why in _REFUSED.items():
+        if bits < 32 and group.get(option):
+            raise ValueError(f"{option}=True {why}: it needs {name}=32")
+    for key in {"min_quant_size", "seed"} & group.keys():
+        if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
+            raise ValueError(f"{key} is {group[key]!r}; it must be an integer of at least 0")

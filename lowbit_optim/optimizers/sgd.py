@@ -1,0 +1,71 @@
+"""SGD with a momentum of 32, 8 or 4 bits."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.optimizers.first_order import FirstOrder, Group
+
+
+class SGD(FirstOrder, torch.optim.SGD):
+    r"""SGD with a momentum of few bits.
+
+    With :math:`\mu` = ``momentum`` and :math:`\tau` = ``dampening``, which the first step does not have:
+
+    .. math::
+
+        g \leftarrow g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g, \quad
+        w \leftarrow w - \eta \, (g + \mu m \text{ with nesterov, else } m)
+
+    At ``bits`` 8 or 4 the momentum is codes of that size, 1.03 or 0.53 bytes a parameter, rounded at random, as
+    :class:`AdamW` describes; which parameters keep 32 bits, and how bfloat16 ones are rounded, is said there, too.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate. Default 1e-3.
+        momentum, dampening, weight_decay: default 0.
+        nesterov: default False.
+        bits, min_quant_size, seed, stochastic_rounding: as for :class:`AdamW`.
+        maximize, foreach, differentiable, fused: of torch's SGD; differentiable only with ``bits=32``.
+
+    Raises:
+        ValueError: bits that a moment cannot have, or an option that needs ``bits=32``.
+    """
+
+    rule: ClassVar[str] = "sgd"
+    moments: ClassVar[dict[str, str]] = {"momentum_buffer": "signed"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        bits: int = 8,
+        min_quant_size: int = 4096,
+        seed: int = 0,
+        stochastic_rounding: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self._construct(params, locals())
+
+    def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
+        return self.moments if group["momentum"] else {}
+
+    def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
+        momentum = float(group["momentum"])
+        return {
+            "weight_decay": float(group["weight_decay"]),
+            "momentum": momentum,
+            "share": 1 - float(group["dampening"]) if momentum and count > 1 else 1.0,
+            "nesterov": bool(group["nesterov"]),
+            "lr": float(group["lr"]),
+        }
