@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from numpy import float32 as f32
 from numpy import int32 as i32
+from numpy import int64 as i64
 from numpy import uint32 as u32
+from numpy import uint64 as u64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -50,20 +52,18 @@ _inline = partial(_njit, forceinline=True)  # a call costs as much as a loop ove
 
 
 # ---- a block ---------------------------------------------------------------------------------------------------------
+# Blocks of an array are named by an unsigned offset: a slice would be counted as a reference to the array, atomically,
+# and a signed index is asked whether it is negative.
 
 
 @_inline
-def _widen(numbers: Array, shift: int, out: Array) -> None:
-    """Bits of float32 (shift 0) or bfloat16 (16) to bits of float32, zeros behind them."""
-    if len(numbers) < BLOCK:
+def _widen(numbers: Array, start: int, count: int, shift: int, out: Array) -> None:
+    """Bits of float32 (shift 0) or bfloat16 (16) to float32, zeros behind them."""
+    if count < BLOCK:
         for i in range(BLOCK):
-            out[i] = u32(0)
-    if shift == 0:
-        for i in range(len(numbers)):
-            out[i] = u32(numbers[i])
-    else:
-        for i in range(len(numbers)):
-            out[i] = u32(u32(numbers[i]) << u32(16))
+            out[i] = f32(0)
+    for i in range(count):
+        out[i] = f32(u32(u32(numbers[u64(start) + u64(i)]) << u32(shift & 31)).view(f32))
 
 
 @_inline
@@ -77,49 +77,46 @@ def _hash(key: int, start: int, out: Array) -> None:
 
 
 @_inline
-def _narrow(bits: Array, shift: int, stochastic: bool, random: Array, out: Array) -> None:
-    """Bits of float32 to bits of float32 (shift 0) or bfloat16 (16), rounded at random or to the nearest, ties to even.
+def _narrow(x: Array, stochastic: bool, random: Array, shift: int, numbers: Array, start: int, count: int) -> None:
+    """float32 to bits of float32 (shift 0) or bfloat16 (16), rounded at random or to the nearest, ties to even.
 
     A number that is not one is not rounded to infinity or around it: the low half of its bits is 0.
     """
     if shift == 0:
-        for i in range(len(out)):
-            out[i] = bits[i]
-    elif stochastic:
-        for i in range(len(out)):
-            out[i] = u32(u32(bits[i] + u32(random[i] & u32(0xFFFF))) >> u32(16))
+        for i in range(count):
+            numbers[u64(start) + u64(i)] = f32(x[i]).view(u32)
     else:
-        for i in range(len(out)):
-            odd = u32(u32(bits[i] >> u32(16)) & u32(1))
-            out[i] = u32(u32(u32(bits[i] + u32(0x7FFF)) + odd) >> u32(16))
+        for i in range(count):
+            bits = u32(f32(x[i]).view(u32))
+            nearest = u32(u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
+            rounding = u32(random[i] & u32(0xFFFF)) if stochastic else nearest
+            numbers[u64(start) + u64(i)] = u32(u32(bits + rounding) >> u32(16))
 
 
 @_inline
-def _unpack(packed: Array, bits: int, codes: Array) -> None:
+def _unpack(packed: Array, start: int, count: int, bits: int, codes: Array) -> None:
     """Two codes a byte, low nibble first, or one; zeros behind them."""
-    if len(packed) < BLOCK * bits // 8:
+    if count < BLOCK:
         for i in range(BLOCK):
             codes[i] = np.uint8(0)
     if bits == 4:
-        pairs = codes.view(np.uint16)
-        for i in range(len(packed)):
-            byte = u32(packed[i])
-            pairs[i] = u32(u32(byte | u32(byte << u32(4))) & u32(0x0F0F))
+        for i in range((count + 1) // 2):
+            byte = packed[u64(start) + u64(i)]
+            codes[u64(2 * i)] = np.uint8(byte & np.uint8(15))
+            codes[u64(2 * i + 1)] = np.uint8(byte >> np.uint8(4))
     else:
-        for i in range(len(packed)):
-            codes[i] = packed[i]
+        for i in range(count):
+            codes[i] = packed[u64(start) + u64(i)]
 
 
 @_inline
-def _pack(codes: Array, bits: int, packed: Array) -> None:
+def _pack(codes: Array, bits: int, packed: Array, start: int, count: int) -> None:
     if bits == 4:
-        pairs = codes.view(np.uint16)
-        for i in range(len(packed)):
-            pair = u32(pairs[i])
-            packed[i] = u32(pair | u32(pair >> u32(4)))
+        for i in range((count + 1) // 2):
+            packed[u64(start) + u64(i)] = np.uint8(codes[u64(2 * i)] | np.uint8(codes[u64(2 * i + 1)] << np.uint8(4)))
     else:
-        for i in range(len(packed)):
-            packed[i] = codes[i]
+        for i in range(count):
+            packed[u64(start) + u64(i)] = codes[i]
 
 
 @_inline
@@ -147,11 +144,11 @@ def _decode_unsigned(codes: Array, bits: int, scale: f32, out: Array) -> None:
 
 
 @_inline
-def _largest(bits: Array) -> f32:
-    """The largest magnitude of floats."""
+def _largest(x: Array) -> f32:
+    """The largest magnitude."""
     top = u32(0)
     for i in range(BLOCK):
-        magnitude = u32(bits[i] & u32(0x7FFFFFFF))
+        magnitude = u32(f32(x[i]).view(u32) & u32(0x7FFFFFFF))
         if magnitude > top:
             top = magnitude
     return f32(u32(top).view(f32))
@@ -164,12 +161,11 @@ def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
     The least of the specification's lines is the one that begins at the number's power of two.
     """
     f, lines, top = (FRACTION_4, LINES_4, TOP_4) if bits == 4 else (FRACTION_8, LINES_8, TOP_8)
-    scale = f32(_largest(x.view(u32)) / top)
+    scale = f32(_largest(x) / top)
     empty = not scale > f32(0)
     divisor = f32(1) if empty else scale
     limit = f32(0) if empty else f32((1 << (bits - 1)) - 1)
     first, last, step = i32(127 + f), i32(lines), f32(1 << f)
-    to_sign = u32(32 - bits)
     sign = u32(1 << (bits - 1))
     for i in range(BLOCK):
         number = f32(x[i])
@@ -189,13 +185,13 @@ def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
 @_inline
 def _encode_unsigned(x: Array, bits: int, random: Array, codes: Array) -> f32:
     f = UNSIGNED_FRACTION_4 if bits == 4 else UNSIGNED_FRACTION_8
-    lowest, shift, highest = i32((127 << f) - (1 << bits) + 1), u32(23 - f), i32((1 << bits) - 1)
+    lowest, shift, highest = i32((127 << f) - (1 << bits) + 1), i32(23 - f), i32((1 << bits) - 1)
     dither = u32((1 << (23 - f)) - 1)
-    scale = _largest(x.view(u32))
+    scale = _largest(x)
     divisor = scale if scale > f32(0) else f32(1)
     for i in range(BLOCK):
         units = i32(f32(f32(x[i]) / divisor).view(i32))
-        place = i32(i32(units + i32(random[i] & dither)) >> i32(shift & u32(31)))
+        place = i32(i32(units + i32(random[i] & dither)) >> i32(shift & i32(31)))
         code = i32(place - lowest)
         code = i32(0) if code < i32(0) else code
         codes[i] = u32(highest if code > highest else code)
@@ -205,28 +201,28 @@ def _encode_unsigned(x: Array, bits: int, random: Array, codes: Array) -> f32:
 @_inline
 def _finite(gradient: Array, sign: f32) -> int:
     """sign * gradient with zeros where it is not finite; how many numbers that are."""
-    bits = gradient.view(u32)
     bad = u32(0)
     for i in range(BLOCK):
-        good = u32(bits[i] & u32(0x7FFFFFFF)) < u32(0x7F800000)
-        gradient[i] = gradient[i] * sign if good else f32(0)
+        number = f32(gradient[i])
+        good = u32(number.view(u32) & u32(0x7FFFFFFF)) < u32(0x7F800000)
+        gradient[i] = number * sign if good else f32(0)
         bad = u32(bad + u32(not good))
-    return int(bad)
+    return i64(bad)
 
 
 # ---- moments of a block ----------------------------------------------------------------------------------------------
 
 
 @_inline
-def _read(moment: Any, signed: bool, place: Any, codes: Array, out: Array) -> None:
-    bits, values, packed, scales = moment
+def _read(
+    signed: bool, bits: int, values: Array, packed: Array, scales: Array, place: Any, codes: Array, out: Array
+) -> None:
     row, block, start, count, n = place
     if bits == 32:
-        _widen(values[start : start + count], 0, out.view(u32))
+        _widen(values, start, count, 0, out)
         return
-    begin = row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8)
-    _unpack(packed[begin : begin + (count * bits + 7) // 8], bits, codes)
-    scale = scales[row * ((n + BLOCK - 1) // BLOCK) + block]
+    _unpack(packed, row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8), count, bits, codes)
+    scale = scales[u64(row * ((n + BLOCK - 1) // BLOCK) + block)]
     if signed:
         _decode_signed(codes, bits, scale, out)
     else:
@@ -237,17 +233,26 @@ def _read(moment: Any, signed: bool, place: Any, codes: Array, out: Array) -> No
 
 
 @_inline
-def _write(moment: Any, signed: bool, place: Any, x: Array, key: int, random: Array, codes: Array) -> None:
-    bits, values, packed, scales = moment
+def _write(
+    signed: bool,
+    bits: int,
+    values: Array,
+    packed: Array,
+    scales: Array,
+    place: Any,
+    x: Array,
+    key: int,
+    random: Array,
+    codes: Array,
+) -> None:
     row, block, start, count, n = place
     if bits == 32:
-        _narrow(x.view(u32), 0, False, random, values[start : start + count])
+        _narrow(x, False, random, 0, values, start, count)
         return
     _hash(key, start, random)
     scale = _encode_signed(x, bits, random, codes) if signed else _encode_unsigned(x, bits, random, codes)
-    begin = row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8)
-    _pack(codes, bits, packed[begin : begin + (count * bits + 7) // 8])
-    scales[row * ((n + BLOCK - 1) // BLOCK) + block] = scale
+    _pack(codes, bits, packed, row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8), count)
+    scales[u64(row * ((n + BLOCK - 1) // BLOCK) + block)] = scale
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -262,36 +267,22 @@ def _place(index: int, n: int) -> Any:
     return row, block, row * n + block * BLOCK, min(BLOCK, n - block * BLOCK), n
 
 
-@_inline
-def _begin(place: Any, parameter: Array, gradient: Array, shifts: Any, sign: f32, p: Array, g: Array) -> int:
-    start, end = place[2], place[2] + place[3]
-    _widen(parameter[start:end], shifts[0], p.view(u32))
-    _widen(gradient[start:end], shifts[1], g.view(u32))
-    return _finite(g, sign)
-
-
-@_inline
-def _end(place: Any, parameter: Array, shifts: Any, stochastic: bool, p: Array, key: int, random: Array) -> None:
-    start, end = place[2], place[2] + place[3]
-    if shifts[0] > 0 and stochastic:
-        _hash(key, start, random)
-    _narrow(p.view(u32), shifts[0], stochastic, random, parameter[start:end])
-
-
 @_njit
 def _adamw(
     first: int, last: int, n: int, parameter: Array, gradient: Array, shifts: Any, moments: Any, keys: Any, s: Any
 ) -> int:
-    mean, square = moments
+    (mbits, mvalues, mcodes, mscales), (vbits, vvalues, vcodes, vscales) = moments
     sign, beta1, rest1, beta2, rest2, decay, step_size, root_correction, eps, stochastic = s
     p, g, m, v = np.empty(BLOCK, f32), np.empty(BLOCK, f32), np.empty(BLOCK, f32), np.empty(BLOCK, f32)
     random, codes = np.empty(BLOCK, u32), np.empty(BLOCK, np.uint8)
     bad = 0
     for index in range(first, last):
         place = _place(index, n)
-        bad += _begin(place, parameter, gradient, shifts, sign, p, g)
-        _read(mean, True, place, codes, m)
-        _read(square, False, place, codes, v)
+        _widen(parameter, place[2], place[3], shifts[0], p)
+        _widen(gradient, place[2], place[3], shifts[1], g)
+        bad += _finite(g, sign)
+        _read(True, mbits, mvalues, mcodes, mscales, place, codes, m)
+        _read(False, vbits, vvalues, vcodes, vscales, place, codes, v)
         for i in range(BLOCK):
             m[i] = m[i] * beta1 + g[i] * rest1
         for i in range(BLOCK):
@@ -300,7 +291,9 @@ def _adamw(
             v[i] = v[i] * beta2 + squared * rest2
         for i in range(BLOCK):
             p[i] = p[i] * decay - m[i] / (np.sqrt(v[i]) * root_correction + eps) * step_size
-        _write(mean, True, place, m, keys[1], random, codes)
-        _write(square, False, place, v, keys[2], random, codes)
-        _end(place, parameter, shifts, stochastic, p, keys[0], random)
+        _write(True, mbits, mvalues, mcodes, mscales, place, m, keys[1], random, codes)
+        _write(False, vbits, vvalues, vcodes, vscales, place, v, keys[2], random, codes)
+        if stochastic:
+            _hash(keys[0], place[2], random)
+        _narrow(p, stochastic, random, shifts[0], parameter, place[2], place[3])
     return bad
