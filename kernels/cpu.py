@@ -1,19 +1,18 @@
 """The first-order steps in one pass over memory, compiled by numba: the bits of ``first_order``, which specifies them.
 
 A block of ``BLOCK`` numbers at a time is staged through buffers that stay in the first-level cache, by short loops over
-all of the block, which LLVM turns into vector instructions. For these loops: integers are cast back to 32 bits after
-every operation, because numba computes in 64; codes are decoded and encoded by the bits of floats, without tables; the
-largest of non-negative floats is found by their bits, because a maximum of floats has an order; and there is no
-``fastmath``, so that every operation rounds as IEEE 754 says.
+all of the block that LLVM turns into vector instructions. For their sake integers are cast back to 32 bits after every
+operation (numba computes in 64), codes are found from the bits of floats instead of in tables, and so is the largest
+magnitude (a maximum of floats has an order). Without ``fastmath`` every operation rounds as IEEE 754 says.
 
-Threads are those of an executor, because numba's own abort in a forked child or when two threads call them.
+Threads are those of an executor: numba's own abort in a forked child, or when two threads call them at once.
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -21,126 +20,133 @@ import numpy as np
 import torch
 from numpy import float32 as f32
 from numpy import int32 as i32
-from numpy import int64 as i64
+from numpy import uint8 as u8
 from numpy import uint32 as u32
-from numpy import uint64 as u64
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lowbit_optim.kernels.first_order import BLOCK, EXPONENT_FRACTION, Moment, Step, largest
 
 Array = NDArray[Any]
 
-CHUNK = 1024  # blocks that a thread takes at a time
+CHUNK = 2048  # blocks that a thread takes at a time
 MAX = f32(np.finfo(f32).max)
-TOP_4, TOP_8 = (f32(largest(*EXPONENT_FRACTION["signed", bits])) for bits in (4, 8))
-FRACTION_4, FRACTION_8 = (EXPONENT_FRACTION["signed", bits][1] for bits in (4, 8))
-LINES_4, LINES_8 = (2 ** EXPONENT_FRACTION["signed", bits][0] - 2 for bits in (4, 8))
-UNSIGNED_FRACTION_4, UNSIGNED_FRACTION_8 = (EXPONENT_FRACTION["unsigned", bits][1] for bits in (4, 8))
+# Bits of exponent and fraction, and the largest value: constants, for numba reads no dict.
+SIGNED_4, SIGNED_8 = EXPONENT_FRACTION["signed", 4], EXPONENT_FRACTION["signed", 8]
+UNSIGNED_4, UNSIGNED_8 = EXPONENT_FRACTION["unsigned", 4], EXPONENT_FRACTION["unsigned", 8]
+LARGEST_4, LARGEST_8 = f32(largest(*SIGNED_4)), f32(largest(*SIGNED_8))
 
 
-def _njit(function: Callable[..., Any], forceinline: bool = False) -> Any:
-    """Compiled at the first call, and kept on disk where numba finds a place to keep it."""
-    options = {"nogil": True, "error_model": "numpy", "forceinline": forceinline}  # numpy: no check of divisors
+def _kernel(function: Callable[..., Any], forceinline: bool = False) -> Any:
+    """Compiled at the first call, and kept on disk where numba finds a place for it.
+
+    ``_nrt=False``: nothing is allocated, and arrays are not counted as references, which at every slice and call costs
+    more than the arithmetic of a block.
+    """
+    options = {"nogil": True, "error_model": "numpy", "_nrt": False, "forceinline": forceinline}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # "no locator available": a read-only install
         return numba.njit(**options)(function)
 
 
-_inline = partial(_njit, forceinline=True)  # a call costs as much as a loop over a block
+_inline = partial(_kernel, forceinline=True)
 
 
 # ---- a block ---------------------------------------------------------------------------------------------------------
-# Blocks of an array are named by an unsigned offset: a slice would be counted as a reference to the array, atomically,
-# and a signed index is asked whether it is negative.
 
 
 @_inline
-def _widen(numbers: Array, start: int, count: int, shift: int, out: Array) -> None:
+def _widen(numbers: Array, shift: int, out: Array) -> None:
     """Bits of float32 (shift 0) or bfloat16 (16) to float32, zeros behind them."""
-    if count < BLOCK:
-        for i in range(BLOCK):
-            out[i] = f32(0)
-    for i in range(count):
-        out[i] = f32(u32(u32(numbers[u64(start) + u64(i)]) << u32(shift & 31)).view(f32))
+    if len(numbers) < BLOCK:
+        out[:] = f32(0)
+    for i in range(len(numbers)):
+        out[i] = f32(u32(u32(numbers[i]) << u32(shift & 31)).view(f32))
+
+
+@_inline
+def _narrow(x: Array, shift: int, stochastic: bool, random: Array, numbers: Array) -> None:
+    """float32 to bits of float32 (shift 0) or bfloat16 (16), rounded at random or to the nearest, ties to even.
+
+    What is no number stays none, for the low half of its bits is 0.
+    """
+    if shift == 0:
+        for i in range(len(numbers)):
+            numbers[i] = f32(x[i]).view(u32)
+    else:
+        for i in range(len(numbers)):
+            bits = u32(f32(x[i]).view(u32))
+            nearest = u32(u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
+            rounding = u32(random[i] & u32(0xFFFF)) if stochastic else nearest
+            numbers[i] = u32(u32(bits + rounding) >> u32(16))
+
+
+@_inline
+def _finite(gradient: Array, sign: f32) -> int:
+    """sign * gradient with zeros where it is not finite; how many numbers that are."""
+    bad = u32(0)
+    for i in range(BLOCK):
+        number = f32(gradient[i])
+        good = u32(number.view(u32) & u32(0x7FFFFFFF)) < u32(0x7F800000)
+        gradient[i] = number * sign if good else f32(0)
+        bad = u32(bad + u32(not good))
+    return np.int64(bad)
 
 
 @_inline
 def _hash(key: int, start: int, out: Array) -> None:
-    """The random bits of the numbers from the index start."""
+    """The random bits of the numbers from the index start on."""
+    first = u32(u32(u32(start) * u32(0x9E3779B1)) + u32(key))
     for i in range(BLOCK):
-        x = u32(u32(u32(u32(start) + u32(i)) * u32(0x9E3779B1)) + u32(key))
+        x = u32(first + u32(u32(i) * u32(0x9E3779B1)))
         x = u32(u32(x ^ u32(x >> u32(16))) * u32(0x85EBCA6B))
         x = u32(u32(x ^ u32(x >> u32(13))) * u32(0xC2B2AE35))
         out[i] = u32(x ^ u32(x >> u32(16)))
 
 
 @_inline
-def _narrow(x: Array, stochastic: bool, random: Array, shift: int, numbers: Array, start: int, count: int) -> None:
-    """float32 to bits of float32 (shift 0) or bfloat16 (16), rounded at random or to the nearest, ties to even.
-
-    A number that is not one is not rounded to infinity or around it: the low half of its bits is 0.
-    """
-    if shift == 0:
-        for i in range(count):
-            numbers[u64(start) + u64(i)] = f32(x[i]).view(u32)
+def _unpack(packed: Array, bits: int, codes: Array) -> None:
+    """Two codes a byte, low nibble first, or one."""
+    if bits == 4:
+        for i in range(len(packed)):
+            codes[2 * i] = u8(packed[i] & u8(15))
+            codes[2 * i + 1] = u8(packed[i] >> u8(4))
     else:
-        for i in range(count):
-            bits = u32(f32(x[i]).view(u32))
-            nearest = u32(u32(0x7FFF) + u32(u32(bits >> u32(16)) & u32(1)))
-            rounding = u32(random[i] & u32(0xFFFF)) if stochastic else nearest
-            numbers[u64(start) + u64(i)] = u32(u32(bits + rounding) >> u32(16))
+        for i in range(len(packed)):
+            codes[i] = packed[i]
 
 
 @_inline
-def _unpack(packed: Array, start: int, count: int, bits: int, codes: Array) -> None:
-    """Two codes a byte, low nibble first, or one; zeros behind them."""
-    if count < BLOCK:
-        for i in range(BLOCK):
-            codes[i] = np.uint8(0)
+def _pack(codes: Array, bits: int, packed: Array) -> None:
     if bits == 4:
-        for i in range((count + 1) // 2):
-            byte = packed[u64(start) + u64(i)]
-            codes[u64(2 * i)] = np.uint8(byte & np.uint8(15))
-            codes[u64(2 * i + 1)] = np.uint8(byte >> np.uint8(4))
+        for i in range(len(packed)):
+            packed[i] = u8(codes[2 * i] | u8(codes[2 * i + 1] << u8(4)))
     else:
-        for i in range(count):
-            codes[i] = packed[u64(start) + u64(i)]
-
-
-@_inline
-def _pack(codes: Array, bits: int, packed: Array, start: int, count: int) -> None:
-    if bits == 4:
-        for i in range((count + 1) // 2):
-            packed[u64(start) + u64(i)] = np.uint8(codes[u64(2 * i)] | np.uint8(codes[u64(2 * i + 1)] << np.uint8(4)))
-    else:
-        for i in range(count):
-            packed[u64(start) + u64(i)] = codes[i]
+        for i in range(len(packed)):
+            packed[i] = codes[i]
 
 
 @_inline
 def _decode_signed(codes: Array, bits: int, scale: f32, out: Array) -> None:
-    """From 2^f on, a code's exponent and fraction are those of a float, but for the exponent's bias."""
-    f = FRACTION_4 if bits == 4 else FRACTION_8
-    to_sign, shift = u32(32 - bits), u32(23 - f)
-    bias, subnormal, sign = u32((126 + f) << 23), u32(1 << f), u32(0x80000000)
-    magnitude = u32((1 << (bits - 1)) - 1)
+    """From 2^f on, a code's exponent and fraction are those of a float with another bias."""
+    f = SIGNED_4[1] if bits == 4 else SIGNED_8[1]
+    magnitude, first, bias = u32((1 << (bits - 1)) - 1), u32(1 << f), u32((126 + f) << 23)
     for i in range(BLOCK):
-        code = u32(codes[i])
-        k = u32(code & magnitude)
-        normal = u32(u32(k << u32(shift & u32(31))) + bias)
+        k = u32(codes[i] & magnitude)
         small = u32(f32(i32(k)).view(u32))
-        value = u32((small if k < subnormal else normal) | u32(u32(code << u32(to_sign & u32(31))) & sign))
-        out[i] = f32(u32(value).view(f32)) * scale
+        value = small if k < first else u32(u32(k << u32((23 - f) & 31)) + bias)
+        sign = u32(u32(u32(codes[i]) << u32((32 - bits) & 31)) & u32(0x80000000))
+        out[i] = f32(u32(value | sign).view(f32)) * scale
 
 
 @_inline
 def _decode_unsigned(codes: Array, bits: int, scale: f32, out: Array) -> None:
-    f = UNSIGNED_FRACTION_4 if bits == 4 else UNSIGNED_FRACTION_8
-    lowest, shift = u32((127 << f) - (1 << bits) + 1), u32(23 - f)
+    f = UNSIGNED_4[1] if bits == 4 else UNSIGNED_8[1]
+    lowest = u32((127 << f) - (1 << bits) + 1)
     for i in range(BLOCK):
-        out[i] = f32(u32(u32(u32(codes[i]) + lowest) << u32(shift & u32(31))).view(f32)) * scale
+        out[i] = f32(u32(u32(u32(codes[i]) + lowest) << u32((23 - f) & 31)).view(f32)) * scale
 
 
 @_inline
@@ -156,77 +162,76 @@ def _largest(x: Array) -> f32:
 
 @_inline
 def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
-    """Codes into codes; the scale.
-
-    The least of the specification's lines is the one that begins at the number's power of two.
-    """
-    f, lines, top = (FRACTION_4, LINES_4, TOP_4) if bits == 4 else (FRACTION_8, LINES_8, TOP_8)
+    """The scale, and codes; of the specification's lines the least is the one that the number's power of two names."""
+    (e, f), top = (SIGNED_4, LARGEST_4) if bits == 4 else (SIGNED_8, LARGEST_8)
     scale = f32(_largest(x) / top)
-    empty = not scale > f32(0)
+    empty = not scale > f32(0)  # or not a number
     divisor = f32(1) if empty else scale
     limit = f32(0) if empty else f32((1 << (bits - 1)) - 1)
-    first, last, step = i32(127 + f), i32(lines), f32(1 << f)
-    sign = u32(1 << (bits - 1))
+    lowest, last, length, sign = i32(127 + f), i32((1 << e) - 2), f32(1 << f), u32(1 << (bits - 1))
     for i in range(BLOCK):
         number = f32(x[i])
         units = f32(abs(number) / divisor)
-        line = i32(i32(u32(u32(units.view(u32)) >> u32(23))) - first)
+        line = i32(i32(u32(units.view(u32)) >> u32(23)) - lowest)
         line = i32(0) if line < i32(0) else line
         line = last if line > last else line
         slope = f32(u32(u32(i32(127) - line) << u32(23)).view(f32))
-        place = units * slope + f32(line) * step
-        place = place + f32(i32(u32(random[i] >> u32(8)))) * f32(2.0**-24)
+        place = units * slope + f32(line) * length
+        place = place + f32(i32(random[i] >> u32(8))) * f32(2.0**-24)
         place = place if place < limit else limit
-        below = sign if number < f32(0) else u32(0)
-        codes[i] = u32(u32(i32(place)) | below)
+        codes[i] = u32(u32(i32(place)) | (sign if number < f32(0) else u32(0)))
     return scale
 
 
 @_inline
 def _encode_unsigned(x: Array, bits: int, random: Array, codes: Array) -> f32:
-    f = UNSIGNED_FRACTION_4 if bits == 4 else UNSIGNED_FRACTION_8
-    lowest, shift, highest = i32((127 << f) - (1 << bits) + 1), i32(23 - f), i32((1 << bits) - 1)
-    dither = u32((1 << (23 - f)) - 1)
+    """The scale, and codes."""
+    f = UNSIGNED_4[1] if bits == 4 else UNSIGNED_8[1]
+    lowest, highest, dither = i32((127 << f) - (1 << bits) + 1), i32((1 << bits) - 1), u32((1 << (23 - f)) - 1)
     scale = _largest(x)
     divisor = scale if scale > f32(0) else f32(1)
     for i in range(BLOCK):
         units = i32(f32(f32(x[i]) / divisor).view(i32))
-        place = i32(i32(units + i32(random[i] & dither)) >> i32(shift & i32(31)))
+        place = i32(i32(units + i32(random[i] & dither)) >> i32((23 - f) & 31))
         code = i32(place - lowest)
         code = i32(0) if code < i32(0) else code
         codes[i] = u32(highest if code > highest else code)
     return scale
 
 
-@_inline
-def _finite(gradient: Array, sign: f32) -> int:
-    """sign * gradient with zeros where it is not finite; how many numbers that are."""
-    bad = u32(0)
-    for i in range(BLOCK):
-        number = f32(gradient[i])
-        good = u32(number.view(u32) & u32(0x7FFFFFFF)) < u32(0x7F800000)
-        gradient[i] = number * sign if good else f32(0)
-        bad = u32(bad + u32(not good))
-    return i64(bad)
-
-
-# ---- moments of a block ----------------------------------------------------------------------------------------------
+# ---- where a block lies ----------------------------------------------------------------------------------------------
 
 
 @_inline
-def _read(
-    signed: bool, bits: int, values: Array, packed: Array, scales: Array, place: Any, codes: Array, out: Array
-) -> None:
-    row, block, start, count, n = place
+def _place(index: int, n: int) -> Any:
+    """Of a block in rows of n numbers: its first number, the one behind its last, row, and number in the row."""
+    per_row = (n + BLOCK - 1) // BLOCK
+    row = index // per_row
+    column = (index - row * per_row) * BLOCK
+    return row * n + column, row * n + min(column + BLOCK, n), row, column
+
+
+@_inline
+def _bytes(bits: int, place: Any, n: int) -> tuple[int, int]:
+    """Where the codes of a block begin and end."""
+    start, end, row, column = place
+    first = row * ((n * bits + 7) // 8) + column * bits // 8
+    return first, first + ((end - start) * bits + 7) // 8
+
+
+@_inline
+def _read(moment: Any, signed: bool, index: int, place: Any, n: int, scratch: Array, out: Array) -> None:
+    bits, values, codes, scales = moment
+    count = place[1] - place[0]
     if bits == 32:
-        _widen(values, start, count, 0, out)
+        _widen(values[place[0] : place[1]], 0, out)
         return
-    _unpack(packed, row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8), count, bits, codes)
-    scale = scales[u64(row * ((n + BLOCK - 1) // BLOCK) + block)]
+    start, end = _bytes(bits, place, n)
+    _unpack(codes[start:end], bits, scratch)
     if signed:
-        _decode_signed(codes, bits, scale, out)
+        _decode_signed(scratch, bits, scales[index], out)
     else:
-        _decode_unsigned(codes, bits, scale, out)
+        _decode_unsigned(scratch, bits, scales[index], out)
     if count < BLOCK:  # it is encoded as if zeros followed
         for i in range(BLOCK):
             out[i] = out[i] if i < count else f32(0)
@@ -234,66 +239,206 @@ def _read(
 
 @_inline
 def _write(
-    signed: bool,
-    bits: int,
-    values: Array,
-    packed: Array,
-    scales: Array,
-    place: Any,
-    x: Array,
-    key: int,
-    random: Array,
-    codes: Array,
+    moment: Any, signed: bool, index: int, place: Any, n: int, x: Array, key: int, random: Array, scratch: Array
 ) -> None:
-    row, block, start, count, n = place
+    bits, values, codes, scales = moment
     if bits == 32:
-        _narrow(x, False, random, 0, values, start, count)
+        _narrow(x, 0, False, random, values[place[0] : place[1]])
         return
-    _hash(key, start, random)
-    scale = _encode_signed(x, bits, random, codes) if signed else _encode_unsigned(x, bits, random, codes)
-    _pack(codes, bits, packed, row * ((n * bits + 7) // 8) + block * (BLOCK * bits // 8), count)
-    scales[u64(row * ((n + BLOCK - 1) // BLOCK) + block)] = scale
-
-
-# ---- rules -----------------------------------------------------------------------------------------------------------
+    _hash(key, place[0], random)
+    if signed:
+        scales[index] = _encode_signed(x, bits, random, scratch)
+    else:
+        scales[index] = _encode_unsigned(x, bits, random, scratch)
+    start, end = _bytes(bits, place, n)
+    _pack(scratch, bits, codes[start:end])
 
 
 @_inline
-def _place(index: int, n: int) -> Any:
-    """Row, block of the row, first number, how many there are, n."""
-    blocks = (n + BLOCK - 1) // BLOCK
-    row = index // blocks
-    block = index - row * blocks
-    return row, block, row * n + block * BLOCK, min(BLOCK, n - block * BLOCK), n
+def _begin(place: Any, parameter: Any, gradient: Any, sign: f32, p: Array, g: Array) -> int:
+    """Read parameter and gradient."""
+    _widen(parameter[1][place[0] : place[1]], parameter[0], p)
+    _widen(gradient[1][place[0] : place[1]], gradient[0], g)
+    return _finite(g, sign)
 
 
-@_njit
+@_inline
+def _end(place: Any, p: Array, stochastic: bool, key: int, random: Array, parameter: Any) -> None:
+    shift, bits = parameter
+    if shift > 0 and stochastic:
+        _hash(key, place[0], random)
+    _narrow(p, shift, stochastic, random, bits[place[0] : place[1]])
+
+
+# ---- rules: the blocks from first to last - 1; how many numbers of the gradient are not finite ---------------------------
+
+
+@_kernel
 def _adamw(
-    first: int, last: int, n: int, parameter: Array, gradient: Array, shifts: Any, moments: Any, keys: Any, s: Any
+    parameter: Any, gradient: Any, moments: Any, keys: Any, settings: Any, n: int, scratch: Any, first: int, last: int
 ) -> int:
-    (mbits, mvalues, mcodes, mscales), (vbits, vvalues, vcodes, vscales) = moments
-    sign, beta1, rest1, beta2, rest2, decay, step_size, root_correction, eps, stochastic = s
-    p, g, m, v = np.empty(BLOCK, f32), np.empty(BLOCK, f32), np.empty(BLOCK, f32), np.empty(BLOCK, f32)
-    random, codes = np.empty(BLOCK, u32), np.empty(BLOCK, np.uint8)
+    stochastic, sign, beta1, rest1, beta2, rest2, decay, step_size, root_correction, eps = settings
+    p, g, m, v, random, codes = scratch
     bad = 0
     for index in range(first, last):
         place = _place(index, n)
-        _widen(parameter, place[2], place[3], shifts[0], p)
-        _widen(gradient, place[2], place[3], shifts[1], g)
-        bad += _finite(g, sign)
-        _read(True, mbits, mvalues, mcodes, mscales, place, codes, m)
-        _read(False, vbits, vvalues, vcodes, vscales, place, codes, v)
+        bad += _begin(place, parameter, gradient, sign, p, g)
+        _read(moments[0], True, index, place, n, codes, m)
+        _read(moments[1], False, index, place, n, codes, v)
         for i in range(BLOCK):
             m[i] = m[i] * beta1 + g[i] * rest1
         for i in range(BLOCK):
-            squared = g[i] * g[i]
-            squared = MAX if squared > MAX else squared
-            v[i] = v[i] * beta2 + squared * rest2
+            square = g[i] * g[i]
+            v[i] = v[i] * beta2 + (MAX if square > MAX else square) * rest2
         for i in range(BLOCK):
             p[i] = p[i] * decay - m[i] / (np.sqrt(v[i]) * root_correction + eps) * step_size
-        _write(True, mbits, mvalues, mcodes, mscales, place, m, keys[1], random, codes)
-        _write(False, vbits, vvalues, vcodes, vscales, place, v, keys[2], random, codes)
-        if stochastic:
-            _hash(keys[0], place[2], random)
-        _narrow(p, stochastic, random, shifts[0], parameter, place[2], place[3])
+        _write(moments[0], True, index, place, n, m, keys[1], random, codes)
+        _write(moments[1], False, index, place, n, v, keys[2], random, codes)
+        _end(place, p, stochastic, keys[0], random, parameter)
     return bad
+
+
+@_kernel
+def _sgd(
+    parameter: Any, gradient: Any, moments: Any, keys: Any, settings: Any, n: int, scratch: Any, first: int, last: int
+) -> int:
+    stochastic, nesterov, sign, weight_decay, momentum, share, lr = settings
+    p, g, m, _, random, codes = scratch
+    bad = 0
+    for index in range(first, last):
+        place = _place(index, n)
+        bad += _begin(place, parameter, gradient, sign, p, g)
+        _read(moments[0], True, index, place, n, codes, m)
+        for i in range(BLOCK):
+            g[i] = g[i] + p[i] * weight_decay
+            x = m[i] * momentum + g[i] * share
+            x = MAX if x > MAX else x
+            m[i] = -MAX if x < -MAX else x
+        for i in range(BLOCK):
+            p[i] = p[i] - (g[i] + m[i] * momentum if nesterov else m[i]) * lr
+        _write(moments[0], True, index, place, n, m, keys[1], random, codes)
+        _end(place, p, stochastic, keys[0], random, parameter)
+    return bad
+
+
+@_kernel
+def _adagrad(
+    parameter: Any, gradient: Any, moments: Any, keys: Any, settings: Any, n: int, scratch: Any, first: int, last: int
+) -> int:
+    stochastic, sign, weight_decay, step_size, eps = settings
+    p, g, s, _, random, codes = scratch
+    bad = 0
+    for index in range(first, last):
+        place = _place(index, n)
+        bad += _begin(place, parameter, gradient, sign, p, g)
+        _read(moments[0], False, index, place, n, codes, s)
+        for i in range(BLOCK):
+            g[i] = g[i] + p[i] * weight_decay
+            x = s[i] + g[i] * g[i]
+            s[i] = MAX if x > MAX else x
+        for i in range(BLOCK):
+            p[i] = p[i] - g[i] / (np.sqrt(s[i]) + eps) * step_size
+        _write(moments[0], False, index, place, n, s, keys[1], random, codes)
+        _end(place, p, stochastic, keys[0], random, parameter)
+    return bad
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def take(steps: Sequence[Step]) -> list[Tensor]:
+    """``first_order.take`` for parameters on the CPU in float32, bfloat16 or float16."""
+    jobs: list[tuple[int, Callable[..., int], int, int]] = []
+    rounded: list[tuple[Tensor, Tensor]] = []
+    written: list[Tensor] = []
+    for number, step in enumerate(steps):
+        parameter = step.parameter.detach()
+        if parameter.dtype == torch.float16:  # its own rounding is torch's
+            rounded.append((parameter, parameter.float()))
+            parameter = rounded[-1][1]
+        rows, n = parameter.shape
+        operands = _bits(parameter), _bits(step.gradient.detach()), tuple(_moment(m) for m in step.moments)
+        kernel = partial(KERNELS[step.rule], *operands, tuple(step.keys), _settings(step), n)
+        blocks = rows * -(-n // BLOCK)
+        jobs += [(number, kernel, first, min(first + CHUNK, blocks)) for first in range(0, blocks, CHUNK)]
+        written += [x for x in (step.parameter, *step.moments[0][1:], *step.moments[-1][1:]) if x is not None]
+    bad = _run(jobs)
+    for parameter, x in rounded:
+        parameter.copy_(x)
+    increment_version(written)  # torch has not seen these writes
+    return [torch.tensor(bad[number]) for number in range(len(steps))]
+
+
+KERNELS = {"adamw": _adamw, "sgd": _sgd, "adagrad": _adagrad}
+
+
+def _settings(step: Step) -> tuple[Any, ...]:
+    """What the kernel of the rule unpacks: flags, and numbers rounded to float32."""
+    s, flags = step.settings, [step.settings["stochastic"]]
+    if step.rule == "adamw":
+        numbers = [s["sign"], s["beta1"], 1 - s["beta1"], s["beta2"], 1 - s["beta2"], s["decay"], s["step_size"]]
+        numbers += [s["root_correction"], s["eps"]]
+    elif step.rule == "sgd":
+        flags.append(s["nesterov"])
+        numbers = [s["sign"], s["weight_decay"], s["momentum"], s["share"], s["lr"]]
+    else:
+        numbers = [s["sign"], s["weight_decay"], s["step_size"], s["eps"]]
+    return (*map(bool, flags), *map(f32, numbers))
+
+
+def _bits(x: Tensor) -> tuple[int, Array]:
+    """The bits that are missing to float32, and the numbers' own, as a kernel takes them."""
+    if x.dtype == torch.bfloat16:
+        return 16, x.view(-1).view(torch.uint16).numpy()
+    return 0, x.float().view(-1).view(torch.uint32).numpy()
+
+
+NO_BITS, NO_CODES, NO_SCALES = np.empty(0, u32), np.empty(0, u8), np.empty(0, f32)
+
+
+def _moment(moment: Moment) -> tuple[int, Array, Array, Array]:
+    """Bits, values, codes, scales."""
+    if moment.values is not None:
+        return moment.bits, _bits(moment.values)[1], NO_CODES, NO_SCALES
+    assert moment.codes is not None
+    assert moment.scales is not None
+    return moment.bits, NO_BITS, moment.codes.view(-1).numpy(), moment.scales.view(-1).numpy()
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _executor() -> ThreadPoolExecutor:
+    """Its threads are started when there is work for them."""
+    return ThreadPoolExecutor(os.cpu_count(), "lowbit_optim")
+
+
+os.register_at_fork(after_in_child=_executor.cache_clear)  # the child has none of the threads
+
+
+def _run(jobs: Sequence[tuple[int, Callable[..., int], int, int]]) -> Counter[int]:
+    """Do jobs, (number, kernel, first block, last block), on torch's number of threads, this one among them.
+
+    Returns:
+        The sum of the results of each number's jobs.
+    """
+    left = deque(jobs)
+    helpers = min(torch.get_num_threads(), len(jobs)) - 1
+    futures = [_executor().submit(_work, left) for _ in range(helpers)]
+    total = _work(left)
+    for future in futures:
+        if not future.cancel():  # one that has not begun would find no job left
+            total += future.result()
+    return total
+
+
+def _work(left: deque[tuple[int, Callable[..., int], int, int]]) -> Counter[int]:
+    scratch = (*(np.empty(BLOCK, f32) for _ in range(4)), np.empty(BLOCK, u32), np.empty(BLOCK, u8))
+    total: Counter[int] = Counter()
+    while True:
+        try:
+            number, kernel, first, last = left.popleft()
+        except IndexError:
+            return total
+        total[number] += kernel(scratch, first, last)
