@@ -189,6 +189,11 @@ def finite(gradient: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     return torch.where(good, gradient, 0.0), (~good).sum()
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root rounded once: torch's own in float32 is, on the CPU, MKL's, whose last bit is often another."""
+    return x.double().sqrt().float()
+
+
 def adamw_step(
     parameter: Tensor,
     gradient: Tensor,
@@ -226,7 +231,7 @@ def adamw_step(
     g, bad = finite(gradient, sign)
     m = decode(mean, "signed", n) * beta1 + g * (1 - beta1)
     v = decode(square, "unsigned", n) * beta2 + g.square().clamp(max=_MAX) * (1 - beta2)
-    update = m / (v.sqrt() * root_correction + eps)
+    update = m / (_sqrt(v) * root_correction + eps)
     new = parameter.float() * decay - update * step_size
     write(mean, "signed", m, keys.first)
     write(square, "unsigned", v, keys.second)
@@ -288,7 +293,7 @@ def adagrad_step(
     g = g + p * weight_decay
     s = (decode(sum, "unsigned", n) + g.square()).clamp(max=_MAX)
     write(sum, "unsigned", s, keys.first)
-    write_parameter(parameter, p - g / (s.sqrt() + eps) * step_size, keys.parameter if stochastic else None)
+    write_parameter(parameter, p - g / (_sqrt(s) + eps) * step_size, keys.parameter if stochastic else None)
     return bad
 
 
