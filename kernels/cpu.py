@@ -44,7 +44,7 @@ def _kernel(function: Callable[..., Any], forceinline: bool = False) -> Any:
     ``_nrt=False``: nothing is allocated, and arrays are not counted as references, which at every slice and call costs
     more than the arithmetic of a block.
     """
-    options = {"nogil": True, "error_model": "numpy", "_nrt": False, "forceinline": forceinline}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, "forceinline": forceinline}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # "no locator available": a read-only install
@@ -84,7 +84,7 @@ def _narrow(x: Array, shift: int, stochastic: bool, random: Array, numbers: Arra
 
 
 @_inline
-def _finite(gradient: Array, sign: f32) -> int:
+def _finite(gradient: Array, sign: f32) -> np.int64:
     """sign * gradient with zeros where it is not finite; how many numbers that are."""
     bad = u32(0)
     for i in range(BLOCK):
@@ -270,7 +270,7 @@ def _end(place: Any, p: Array, stochastic: bool, key: int, random: Array, parame
     _narrow(p, shift, stochastic, random, bits[place[0] : place[1]])
 
 
-# ---- rules: the blocks from first to last - 1; how many numbers of the gradient are not finite ---------------------------
+# ---- rules: the blocks from first to last - 1; how many numbers of the gradient are not finite -----------------------
 
 
 @_kernel

@@ -20,7 +20,7 @@ its parameter: no state, the same on every backend, and the same in a resumed ru
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +150,7 @@ def write(moment: Moment, kind: str, x: Tensor, key: int) -> None:
     assert moment.codes is not None
     assert moment.scales is not None
     encode = encode_signed if kind == "signed" else encode_unsigned
-    codes, scales = encode(x, moment.bits, random_bits(key, *x.shape, x.device))
+    codes, scales = encode(x, moment.bits, random_bits(key, x.shape[0], x.shape[1], x.device))
     moment.codes.copy_(codes)
     moment.scales.copy_(scales)
 
@@ -177,7 +177,7 @@ def _pack_blocks(codes: Tensor, bits: int, n: int) -> Tensor:
 def write_parameter(parameter: Tensor, x: Tensor, key: int | None) -> None:
     """Round x, float32 [rows, n], to the parameter's dtype; bfloat16 at random, unless the key is None."""
     if parameter.dtype == torch.bfloat16 and key is not None:
-        random = random_bits(key, *x.shape, x.device) & 0xFFFF
+        random = random_bits(key, x.shape[0], x.shape[1], x.device) & 0xFFFF
         x = ((x.view(torch.int32).long() + random) & ~0xFFFF).int().view(torch.float32)
     parameter.copy_(x)
 
@@ -310,5 +310,5 @@ class Step(NamedTuple):
 
 def take(steps: Sequence[Step]) -> list[Tensor]:
     """Take every step, in place; for each how many numbers of its gradient were not finite."""
-    rules = {"adamw": adamw_step, "sgd": sgd_step, "adagrad": adagrad_step}
+    rules: dict[str, Callable[..., Tensor]] = {"adamw": adamw_step, "sgd": sgd_step, "adagrad": adagrad_step}
     return [rules[s.rule](s.parameter, s.gradient, *s.moments, s.keys, **s.settings) for s in steps]
