@@ -1,6 +1,43 @@
-"""The codec's arithmetic. Everything above calls these names; which backend runs is decided here and nowhere else."""
+"""The codec's and the first-order steps' arithmetic. Everything above calls these names; which backend runs is decided
+here and nowhere else."""
 
-from lowbit_optim.kernels.first_order import take as take_steps
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit_optim.kernels import first_order
+from lowbit_optim.kernels.first_order import Step
 from lowbit_optim.kernels.reference import dequantize_blockwise, packed_bytes, quantize_blockwise
 
-__all__ = ["dequantize_blockwise", "packed_bytes", "quantize_blockwise", "take_steps"]
+__all__ = ["Step", "dequantize_blockwise", "packed_bytes", "quantize_blockwise", "take_steps"]
+
+Take = Callable[[Sequence[Step]], list[Tensor]]
+
+
+def take_steps(steps: Sequence[Step]) -> list[Tensor]:
+    """Take every step, in place; for each how many numbers of its gradient were not finite, int64 []."""
+    batches: dict[Take, list[int]] = {}
+    for i, step in enumerate(steps):
+        batches.setdefault(_backend(step.parameter.device.type, step.parameter.dtype), []).append(i)
+    bad: dict[int, Tensor] = {}
+    for take, batch in batches.items():
+        bad.update(zip(batch, take([steps[i] for i in batch]), strict=True))
+    return [bad[i] for i in range(len(steps))]
+
+
+@cache
+def _backend(device: str, dtype: torch.dtype) -> Take:
+    """Imported when it is first needed: numba takes a second."""
+    low = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # A backend for CUDA (gpu.take) is chosen here: if low and device == "cuda".
+    if low and device == "cpu":
+        try:
+            from lowbit_optim.kernels import cpu
+
+            return cpu.take
+        except ImportError as error:
+            logging.getLogger("lowbit_optim").warning("steps on the CPU are slow without numba: %s", error)
+    return first_order.take

@@ -38,6 +38,7 @@ LINES = {
 FRACTION = {4: 0, 8: 3}
 _WORD = 0xFFFFFFFF
 _MAX = torch.finfo(torch.float32).max
+_LARGE = 2.0**126
 
 
 class Moment(NamedTuple):
@@ -95,7 +96,8 @@ def largest(bits: int) -> float:
 def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [rows, n] to codes and scales."""
     blocks = _blocks(x)
-    scales = blocks.abs().amax(-1) / largest(bits)
+    # Divided by a tensor: by a number torch divides on CUDA as it multiplies with its inverse.
+    scales = blocks.abs().amax(-1) / torch.tensor(largest(bits), device=x.device)
     # A scale that underflowed belongs to numbers too small to matter.
     each = scales.unsqueeze(-1)
     units = torch.where(each > 0, blocks.abs() / torch.where(each > 0, each, 1.0), 0.0)
@@ -113,7 +115,8 @@ def encode_unsigned(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tenso
     f = FRACTION[bits]
     blocks = _blocks(x)
     scales = blocks.amax(-1)
-    units = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    each = scales.unsqueeze(-1)
+    units = torch.where(each > 0, blocks / torch.where(each > 0, each, 1.0), 0.0)
     dither = _blocks(random & ((1 << (23 - f)) - 1))
     places = (units.view(torch.int32).long() + dither) >> (23 - f)
     codes = (places - _lowest(bits)).clamp(0, 2**bits - 1).to(torch.uint8)
@@ -177,19 +180,28 @@ def _pack_blocks(codes: Tensor, bits: int, n: int) -> Tensor:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root rounded once: torch's own in float32 is, on the CPU, MKL's, whose last bit is often another."""
+    return x.double().sqrt().float()
+
+
 def write_parameter(parameter: Tensor, x: Tensor, key: int | None) -> None:
     """Round x, float32 [rows, n], to the parameter's dtype; bfloat16 at random, unless the key is None."""
     if parameter.dtype == torch.bfloat16 and key is not None:
         random = random_bits(key, x.shape, x.device) & 0xFFFF
-        x = ((x.view(torch.int32).long() + random) & ~0xFFFF).int().view(torch.float32)
+        rounded = ((x.view(torch.int32).long() + random) & ~0xFFFF).int().view(torch.float32)
+        x = torch.where(x.isnan(), x, rounded)
     parameter.copy_(x)
 
 
 def finite(gradient: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-    """sign * gradient in float32 with zeros where it is not finite; how many numbers that are, int64 []."""
+    """sign * gradient in float32 with zeros where it is not finite; how many numbers that are, int64 [].
+
+    What is finite ends at 2^126, for the products of codes and scales are not to overflow.
+    """
     gradient = gradient.float() * sign
     good = torch.isfinite(gradient)
-    return torch.where(good, gradient, 0.0), (~good).sum()
+    return torch.where(good, gradient.clamp(-_LARGE, _LARGE), 0.0), (~good).sum()
 
 
 def adamw_step(
@@ -229,7 +241,7 @@ def adamw_step(
     g, bad = finite(gradient, sign)
     m = decode(mean, "signed", n) * beta1 + g * (1 - beta1)
     v = decode(square, "unsigned", n) * beta2 + g.square().clamp(max=_MAX) * (1 - beta2)
-    update = m / (v.sqrt() * root_correction + eps)
+    update = m / (_sqrt(v) * root_correction + eps)
     new = parameter.float() * decay - update * step_size
     write(mean, "signed", m, keys.first)
     write(square, "unsigned", v, keys.second)
@@ -262,7 +274,7 @@ def sgd_step(
     g, bad = finite(gradient, sign)
     p = parameter.float()
     g = g + p * weight_decay
-    m = (decode(momentum_buffer, "signed", n) * momentum + g * share).clamp(-_MAX, _MAX)
+    m = (decode(momentum_buffer, "signed", n) * momentum + g * share).clamp(-_LARGE, _LARGE)
     update = g + m * momentum if nesterov else m
     write(momentum_buffer, "signed", m, keys.first)
     write_parameter(parameter, p - update * lr, keys.parameter if stochastic else None)
@@ -291,7 +303,7 @@ def adagrad_step(
     g = g + p * weight_decay
     s = (decode(sum, "unsigned", n) + g.square()).clamp(max=_MAX)
     write(sum, "unsigned", s, keys.first)
-    write_parameter(parameter, p - g / (s.sqrt() + eps) * step_size, keys.parameter if stochastic else None)
+    write_parameter(parameter, p - g / (_sqrt(s) + eps) * step_size, keys.parameter if stochastic else None)
     return bad
 
 
