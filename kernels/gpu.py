@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The fused first-order steps in Triton, for CUDA and ROCm: one pass over memory, the same bits as ``first_order``.
 
 A program takes ``TILE`` blocks of ``BLOCK`` numbers; where the last block of a row is short, its end is masked. What
@@ -25,8 +26,8 @@ TILE = tl.constexpr(8)
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # as torch's clamp does
 
-# They change at every step, and Triton compiles anew for an integer that is 1 or a multiple of 16.
-_KEYS = ("parameter_key", "first_key", "second_key")
+# Triton compiles anew for a number that is 1, or a number or an address that is a multiple of 16; not for these.
+_PLAIN = ("bad", "rows", "parameter_key", "first_key", "second_key")
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -73,6 +74,7 @@ def _random(key, place):
 @triton.jit
 def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """The numbers of a moment, float32 [TILE, BLOCK]; anything outside. A row of 4-bit codes takes ``half`` bytes."""
+    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
     if BITS == 32:
         x = _load(data, rows, n)
     else:
@@ -84,13 +86,11 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
             place, inside = _places(rows, n, BLOCK)
             codes = tl.load(data + place, inside, other=0).to(tl.int32)
         if SIGNED:
-            F: tl.constexpr = 1 if BITS == 4 else 4
             k = codes & (2 ** (BITS - 1) - 1)
             i = tl.maximum((k >> F) - 1, 0)  # where (k - i 2^f) 2^i is greatest
             magnitude = ((k - (i << F)) << i).to(tl.float32)
             x = tl.where(codes == k, magnitude, -magnitude)
         else:
-            F: tl.constexpr = 0 if BITS == 4 else 3
             x = ((codes + ((127 << F) - (2**BITS - 1))) << (23 - F)).to(tl.float32, bitcast=True)
         block = _blocks()
         x *= tl.load(scales + block, block < rows * tl.cdiv(n, BLOCK), other=0.0)[:, None]
@@ -100,6 +100,8 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
 @triton.jit
 def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """Put new numbers, float32 [TILE, BLOCK], into a moment."""
+    E: tl.constexpr = 2 if BITS == 4 else 3  # of a signed moment
+    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
     place, inside = _places(rows, n, BLOCK)
     if BITS == 32:
         tl.store(data + place, x, inside)
@@ -109,8 +111,6 @@ def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.
         # Not negative, magnitudes are in the order of their bits, above which NaN is: the greatest, NaN kept.
         scale = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         if SIGNED:
-            E: tl.constexpr = 2 if BITS == 4 else 3
-            F: tl.constexpr = 1 if BITS == 4 else 4
             scale = tl.div_rn(scale, ((2 << F) - 1) * 2.0 ** (2**E - 2))
             each = scale[:, None]
             units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
@@ -121,7 +121,6 @@ def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.
             codes = tl.minimum((lies + dither).to(tl.int32), 2 ** (BITS - 1) - 1)
             codes |= (x < 0).to(tl.int32) << (BITS - 1)
         else:
-            F: tl.constexpr = 0 if BITS == 4 else 3
             units = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
             lies = (units.to(tl.uint32, bitcast=True) + (random & ((1 << (23 - F)) - 1))) >> (23 - F)
             codes = lies.to(tl.int32) - ((127 << F) - (2**BITS - 1))
@@ -170,7 +169,7 @@ def _write(parameter, x, key, rows, n, stochastic: tl.constexpr):
 # the settings of the rule in first_order; bits of each moment.
 
 
-@triton.jit(do_not_specialize=_KEYS)
+@triton.jit(do_not_specialize=_PLAIN)
 def _adamw(
     parameter, gradient, bad, mean, mean_scales, square, square_scales, rows, n, half, parameter_key, first_key,
     second_key, sign, beta1, share1, beta2, share2, decay, step_size, root_correction, eps, stochastic: tl.constexpr,
@@ -186,7 +185,7 @@ def _adamw(
     _write(parameter, new, parameter_key, rows, n, stochastic)
 
 
-@triton.jit(do_not_specialize=_KEYS)
+@triton.jit(do_not_specialize=_PLAIN)
 def _sgd(
     parameter, gradient, bad, momentum_buffer, scales, rows, n, half, parameter_key, first_key, second_key,
     sign, weight_decay, momentum, share, nesterov: tl.constexpr, lr, stochastic: tl.constexpr,
@@ -201,7 +200,7 @@ def _sgd(
     _write(parameter, p - update * lr, parameter_key, rows, n, stochastic)
 
 
-@triton.jit(do_not_specialize=_KEYS)
+@triton.jit(do_not_specialize=_PLAIN)
 def _adagrad(
     parameter, gradient, bad, sum, scales, rows, n, half, parameter_key, first_key, second_key,
     sign, weight_decay, step_size, eps, stochastic: tl.constexpr,
