@@ -115,6 +115,28 @@ def test_settings(rule, changed):
     train(rule, normal(1, 200).bfloat16(), gradients, 8, **changed)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e-43, 0.0])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad"])
+def test_every_code(rule, bits, scale):
+    """Decoded into a parameter of negative zeros, where the sign of a zero shows."""
+    moment = first_order.zeros(1, 256, bits, "cpu")
+    assert moment.codes is not None
+    assert moment.scales is not None
+    moment.codes.copy_(first_order.pack(torch.arange(256).remainder(2**bits).to(torch.uint8), bits))
+    moment.scales.fill_(scale)
+    settings = SETTINGS[rule] | ({"momentum": 1.0, "lr": 1.0} if rule == "sgd" else {})
+    zero = torch.full((1, 256), -0.0)
+    check([Step(rule, zero.clone(), zero, (moment,), first_order.keys(0, 0, 1), settings)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_round_to_even(dtype):
+    gradient = torch.arange(256).float().view(1, -1) * 2.0 ** (-9 if dtype == torch.bfloat16 else -12)
+    plain = {"weight_decay": 0.0, "share": 1.0, "nesterov": False, "lr": 1.0, "stochastic": False}
+    train("sgd", torch.full((1, 256), 1.0, dtype=dtype), [gradient, -gradient], 32, **plain)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("rule", SETTINGS)
