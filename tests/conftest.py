@@ -13,3 +13,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # Test matrices are small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# Triton reads this when it is imported: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

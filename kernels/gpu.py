@@ -1,0 +1,252 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The fused first-order steps in Triton, for CUDA and ROCm: one pass over memory, the same bits as ``first_order``.
+
+A program takes ``TILE`` blocks of ``BLOCK`` numbers; where the last block of a row is short, its end is masked. What
+makes the bits equal: divisions and roots are those of IEEE (``div_rn``, ``sqrt_rn``), products and sums are not fused
+(``enable_fp_fusion=False``), subnormal numbers are kept (Triton flushes them in its approximate functions only), and
+bfloat16 is converted here, by bits.
+
+If TRITON_INTERPRET=1 is in the environment before triton is imported, the same code runs on the CPU, slowly.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit_optim.kernels import first_order
+from lowbit_optim.kernels.first_order import Moment, Step
+from lowbit_optim.kernels.reference import packed_bytes
+
+BLOCK = tl.constexpr(first_order.BLOCK)
+TILE = tl.constexpr(8)
+_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+_KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # as torch's clamp does
+
+# Triton compiles anew for a number that is 1, or a number or an address that is a multiple of 16; not for these.
+_PLAIN = ("bad", "rows", "parameter_key", "first_key", "second_key")
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _blocks():
+    """The numbers of the program's blocks, [TILE]; 32 bits are enough for 2^38 numbers, and divide faster."""
+    return tl.program_id(0) * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def _places(rows, size, WIDTH: tl.constexpr):
+    """Offsets of the program's blocks in rows of this size, ``WIDTH`` a block, and which of them are inside."""
+    per_row = tl.cdiv(size, WIDTH)
+    row = (_blocks() // per_row)[:, None]
+    column = (_blocks() % per_row)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return row.to(tl.int64) * size + column, (row < rows) & (column < size)
+
+
+@triton.jit
+def _load(data, rows, n):
+    """Numbers of the parameter's shape, float32 [TILE, BLOCK]; zeros outside."""
+    place, inside = _places(rows, n, BLOCK)
+    x = tl.load(data + place, inside, other=0)
+    if x.dtype == tl.bfloat16:
+        numbers = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        numbers = x.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def _random(key, place):
+    x = place.to(tl.uint32) * 0x9E3779B1 + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
+    """The numbers of a moment, float32 [TILE, BLOCK]; anything outside. A row of 4-bit codes takes ``half`` bytes."""
+    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
+    if BITS == 32:
+        x = _load(data, rows, n)
+    else:
+        if BITS == 4:
+            place, inside = _places(rows, half, BLOCK // 2)
+            pairs = tl.load(data + place, inside, other=0)
+            codes = tl.interleave(pairs & 15, pairs >> 4).to(tl.int32)
+        else:
+            place, inside = _places(rows, n, BLOCK)
+            codes = tl.load(data + place, inside, other=0).to(tl.int32)
+        if SIGNED:
+            k = codes & (2 ** (BITS - 1) - 1)
+            i = tl.maximum((k >> F) - 1, 0)  # where (k - i 2^f) 2^i is greatest
+            magnitude = ((k - (i << F)) << i).to(tl.float32)
+            x = tl.where(codes == k, magnitude, -magnitude)
+        else:
+            x = ((codes + ((127 << F) - (2**BITS - 1))) << (23 - F)).to(tl.float32, bitcast=True)
+        block = _blocks()
+        x *= tl.load(scales + block, block < rows * tl.cdiv(n, BLOCK), other=0.0)[:, None]
+    return x
+
+
+@triton.jit
+def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
+    """Put new numbers, float32 [TILE, BLOCK], into a moment."""
+    E: tl.constexpr = 2 if BITS == 4 else 3  # of a signed moment
+    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
+    place, inside = _places(rows, n, BLOCK)
+    if BITS == 32:
+        tl.store(data + place, x, inside)
+    else:
+        random = _random(key, place)
+        x = tl.where(inside, x, 0.0)
+        # Not negative, magnitudes are in the order of their bits, above which NaN is: the greatest, NaN kept.
+        scale = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+        if SIGNED:
+            scale = tl.div_rn(scale, ((2 << F) - 1) * 2.0 ** (2**E - 2))
+            each = scale[:, None]
+            units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
+            lies = units
+            for i in tl.static_range(1, 2**E - 1):
+                lies = tl.minimum(lies, units * 2.0**-i + (i << F))
+            dither = (random >> 8).to(tl.float32) * 2.0**-24
+            codes = tl.minimum((lies + dither).to(tl.int32), 2 ** (BITS - 1) - 1)
+            codes |= (x < 0).to(tl.int32) << (BITS - 1)
+        else:
+            units = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
+            lies = (units.to(tl.uint32, bitcast=True) + (random & ((1 << (23 - F)) - 1))) >> (23 - F)
+            codes = lies.to(tl.int32) - ((127 << F) - (2**BITS - 1))
+            codes = tl.minimum(tl.maximum(codes, 0), 2**BITS - 1)
+        codes = codes.to(tl.uint8)
+        if BITS == 4:
+            low, high = tl.split(codes.reshape(TILE, BLOCK // 2, 2))
+            place, inside = _places(rows, half, BLOCK // 2)
+            codes = low | (high << 4)
+        tl.store(data + place, codes, inside)
+        block = _blocks()
+        tl.store(scales + block, scale, block < rows * tl.cdiv(n, BLOCK))
+
+
+# ---- parts of a step -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finite(gradient, bad, rows, n, sign):
+    """The gradient with zeros where it is not finite; adds how many numbers that are to ``bad``."""
+    g = _load(gradient, rows, n) * sign
+    good = tl.abs(g) < float("inf")
+    count = tl.sum(tl.sum(1 - good.to(tl.int32), 1), 0)
+    tl.atomic_add(bad, count.to(tl.int64), mask=count > 0, sem="relaxed")
+    return tl.where(good, g, 0.0)
+
+
+@triton.jit
+def _write(parameter, x, key, rows, n, stochastic: tl.constexpr):
+    """Round x to the parameter's dtype; bfloat16 at random if ``stochastic``."""
+    place, inside = _places(rows, n, BLOCK)
+    if parameter.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        if stochastic:
+            more = _random(key, place) & 0xFFFF
+        else:
+            more = 0x7FFF + ((bits >> 16) & 1)  # to nearest, halves to even
+        bits = tl.where(x == x, (bits + more) >> 16, 0x7FC0)  # the sum would make some NaN infinite or zero
+        tl.store(parameter + place, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), inside)
+    else:
+        tl.store(parameter + place, x.to(parameter.dtype.element_ty), inside)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+# Arguments: the parameter, its gradient and the count of bad numbers; data and scales of each moment; the sizes; keys;
+# the settings of the rule in first_order; bits of each moment.
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _adamw(
+    parameter, gradient, bad, mean, mean_scales, square, square_scales, rows, n, half, parameter_key, first_key,
+    second_key, sign, beta1, share1, beta2, share2, decay, step_size, root_correction, eps, stochastic: tl.constexpr,
+    FIRST_BITS: tl.constexpr, SECOND_BITS: tl.constexpr,
+):  # fmt: skip
+    g = _finite(gradient, bad, rows, n, sign)
+    m = _decode(mean, mean_scales, rows, n, half, True, FIRST_BITS) * beta1 + g * share1
+    v = _decode(square, square_scales, rows, n, half, False, SECOND_BITS) * beta2 + tl.minimum(g * g, _MAX) * share2
+    update = tl.div_rn(m, tl.sqrt_rn(v) * root_correction + eps)
+    new = _load(parameter, rows, n) * decay - update * step_size
+    _encode(mean, mean_scales, m, first_key, rows, n, half, True, FIRST_BITS)
+    _encode(square, square_scales, v, second_key, rows, n, half, False, SECOND_BITS)
+    _write(parameter, new, parameter_key, rows, n, stochastic)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _sgd(
+    parameter, gradient, bad, momentum_buffer, scales, rows, n, half, parameter_key, first_key, second_key,
+    sign, weight_decay, momentum, share, nesterov: tl.constexpr, lr, stochastic: tl.constexpr,
+    FIRST_BITS: tl.constexpr,
+):  # fmt: skip
+    p = _load(parameter, rows, n)
+    g = _finite(gradient, bad, rows, n, sign) + p * weight_decay
+    m = _decode(momentum_buffer, scales, rows, n, half, True, FIRST_BITS) * momentum + g * share
+    m = tl.clamp(m, -_MAX, _MAX, _KEEP_NAN)
+    update = g + m * momentum if nesterov else m
+    _encode(momentum_buffer, scales, m, first_key, rows, n, half, True, FIRST_BITS)
+    _write(parameter, p - update * lr, parameter_key, rows, n, stochastic)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _adagrad(
+    parameter, gradient, bad, sum, scales, rows, n, half, parameter_key, first_key, second_key,
+    sign, weight_decay, step_size, eps, stochastic: tl.constexpr,
+    FIRST_BITS: tl.constexpr,
+):  # fmt: skip
+    p = _load(parameter, rows, n)
+    g = _finite(gradient, bad, rows, n, sign) + p * weight_decay
+    s = _decode(sum, scales, rows, n, half, False, FIRST_BITS) + g * g
+    s = tl.minimum(s, _MAX, _KEEP_NAN)
+    _encode(sum, scales, s, first_key, rows, n, half, False, FIRST_BITS)
+    new = p - tl.div_rn(g, tl.sqrt_rn(s) + eps) * step_size
+    _write(parameter, new, parameter_key, rows, n, stochastic)
+
+
+_RULES = {"adamw": _adamw, "sgd": _sgd, "adagrad": _adagrad}
+
+
+def take(steps: Sequence[Step]) -> list[Tensor]:
+    """``first_order.take`` without a host synchronisation; all tensors of a step are contiguous, on one device."""
+    devices = {s.parameter.device for s in steps}
+    counts = {d: torch.zeros(len(steps), dtype=torch.int64, device=d) for d in devices}
+    result = [counts[s.parameter.device][i] for i, s in enumerate(steps)]
+    for s, bad in zip(steps, result, strict=True):
+        if s.parameter.numel():
+            with torch.cuda.device_of(s.parameter):
+                _launch(s, bad)
+    return result
+
+
+def _launch(step: Step, bad: Tensor) -> None:
+    rows, n = step.parameter.shape
+    # A scalar of another type would be another kernel to compile.
+    settings: dict[str, Any] = {k: v if isinstance(v, bool) else float(v) for k, v in step.settings.items()}
+    if step.rule == "adamw":  # differences of float64, as in the specification
+        settings |= {"share1": 1 - settings["beta1"], "share2": 1 - settings["beta2"]}
+    bits = {name: m.bits for name, m in zip(("FIRST_BITS", "SECOND_BITS"), step.moments, strict=False)}
+    keys = [key - (key >> 31 << 32) for key in step.keys]  # as signed numbers, which all have one type
+    grid = (triton.cdiv(rows * triton.cdiv(n, BLOCK.value), TILE.value),)
+    _RULES[step.rule][grid](
+        *(step.parameter, step.gradient, bad, *(t for m in step.moments for t in _tensors(m))),
+        *(rows, n, packed_bytes(n, 4), *keys),
+        **settings,
+        **bits,
+        enable_fp_fusion=False,
+    )
+
+
+def _tensors(moment: Moment) -> tuple[Tensor | None, Tensor | None]:
+    return (moment.codes, moment.scales) if moment.values is None else (moment.values, None)
