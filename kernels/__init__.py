@@ -4,6 +4,7 @@ here and nowhere else."""
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -30,14 +31,13 @@ def take_steps(steps: Sequence[Step]) -> list[Tensor]:
 
 @cache
 def _backend(device: str, dtype: torch.dtype) -> Take:
-    """Imported when it is first needed: numba takes a second."""
+    """Imported when it is first needed: compilers take a second."""
     low = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    # A backend for CUDA (gpu.take) is chosen here: if low and device == "cuda".
-    if low and device == "cpu":
+    module = {"cpu": "cpu", "cuda": "gpu"}.get(device)
+    if low and module:
         try:
-            from lowbit_optim.kernels import cpu
-
-            return cpu.take
-        except ImportError as error:
-            logging.getLogger("lowbit_optim").warning("steps on the CPU are slow without numba: %s", error)
+            take: Take = import_module(f"lowbit_optim.kernels.{module}").take
+            return take
+        except ImportError as error:  # of numba, of triton
+            logging.getLogger("lowbit_optim").warning("steps on %s are slow: %s", device, error)
     return first_order.take

@@ -24,6 +24,11 @@ from lowbit_optim.kernels.reference import packed_bytes
 BLOCK = tl.constexpr(first_order.BLOCK)
 TILE = tl.constexpr(8)
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
+_LARGE = tl.constexpr(2.0**126)
+_LARGEST_4, _LARGEST_8 = tl.constexpr(first_order.largest(4)), tl.constexpr(first_order.largest(8))
+(_, (_d1, _b1), (_d2, _b2), (_d3, _b3), (_d4, _b4)) = first_order.LINES[4]
+_D1, _D2, _D3, _D4 = tl.constexpr(_d1), tl.constexpr(_d2), tl.constexpr(_d3), tl.constexpr(_d4)
+_B1, _B2, _B3, _B4 = tl.constexpr(_b1), tl.constexpr(_b2), tl.constexpr(_b3), tl.constexpr(_b4)
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # as torch's clamp does
 
 # Triton compiles anew for a number that is 1, or a number or an address that is a multiple of 16; not for these.
@@ -74,7 +79,7 @@ def _random(key, place):
 @triton.jit
 def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """The numbers of a moment, float32 [TILE, BLOCK]; anything outside. A row of 4-bit codes takes ``half`` bytes."""
-    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
+    F: tl.constexpr = 4 if SIGNED else (0 if BITS == 4 else 3)  # bits of fraction, but of signed codes of 4 bits
     if BITS == 32:
         x = _load(data, rows, n)
     else:
@@ -87,9 +92,13 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
             codes = tl.load(data + place, inside, other=0).to(tl.int32)
         if SIGNED:
             k = codes & (2 ** (BITS - 1) - 1)
-            i = tl.maximum((k >> F) - 1, 0)  # where (k - i 2^f) 2^i is greatest
-            magnitude = ((k - (i << F)) << i).to(tl.float32)
-            x = tl.where(codes == k, magnitude, -magnitude)
+            if BITS == 4:
+                units = tl.maximum(tl.maximum(k, k * _D1 - _B1), k * _D2 - _B2)
+                units = tl.maximum(tl.maximum(units, k * _D3 - _B3), k * _D4 - _B4)
+            else:
+                i = tl.maximum((k >> F) - 1, 0)  # the line on which k lies
+                units = (k - (i << F)) << i
+            x = units.to(tl.float32) * tl.where(codes == k, 1.0, -1.0)  # zeros have signs, too
         else:
             x = ((codes + ((127 << F) - (2**BITS - 1))) << (23 - F)).to(tl.float32, bitcast=True)
         block = _blocks()
@@ -100,8 +109,7 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
 @triton.jit
 def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """Put new numbers, float32 [TILE, BLOCK], into a moment."""
-    E: tl.constexpr = 2 if BITS == 4 else 3  # of a signed moment
-    F: tl.constexpr = (1 if BITS == 4 else 4) - (0 if SIGNED else 1)
+    F: tl.constexpr = 4 if SIGNED else (0 if BITS == 4 else 3)  # bits of fraction, but of signed codes of 4 bits
     place, inside = _places(rows, n, BLOCK)
     if BITS == 32:
         tl.store(data + place, x, inside)
@@ -111,17 +119,22 @@ def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.
         # Not negative, magnitudes are in the order of their bits, above which NaN is: the greatest, NaN kept.
         scale = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
         if SIGNED:
-            scale = tl.div_rn(scale, ((2 << F) - 1) * 2.0 ** (2**E - 2))
+            scale = tl.div_rn(scale, _LARGEST_4 if BITS == 4 else _LARGEST_8)
             each = scale[:, None]
             units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
-            lies = units
-            for i in tl.static_range(1, 2**E - 1):
-                lies = tl.minimum(lies, units * 2.0**-i + (i << F))
+            if BITS == 4:
+                lies = tl.minimum(tl.minimum(units, units * (1 / _D1) + _B1 / _D1), units * (1 / _D2) + _B2 / _D2)
+                lies = tl.minimum(tl.minimum(lies, units * (1 / _D3) + _B3 / _D3), units * (1 / _D4) + _B4 / _D4)
+            else:
+                lies = units
+                for i in tl.static_range(1, 7):
+                    lies = tl.minimum(lies, units * 2.0**-i + (i << F))
             dither = (random >> 8).to(tl.float32) * 2.0**-24
             codes = tl.minimum((lies + dither).to(tl.int32), 2 ** (BITS - 1) - 1)
             codes |= (x < 0).to(tl.int32) << (BITS - 1)
         else:
-            units = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
+            each = scale[:, None]
+            units = tl.where(each > 0, tl.div_rn(x, tl.where(each > 0, each, 1.0)), 0.0)
             lies = (units.to(tl.uint32, bitcast=True) + (random & ((1 << (23 - F)) - 1))) >> (23 - F)
             codes = lies.to(tl.int32) - ((127 << F) - (2**BITS - 1))
             codes = tl.minimum(tl.maximum(codes, 0), 2**BITS - 1)
@@ -145,7 +158,7 @@ def _finite(gradient, bad, rows, n, sign):
     good = tl.abs(g) < float("inf")
     count = tl.sum(tl.sum(1 - good.to(tl.int32), 1), 0)
     tl.atomic_add(bad, count.to(tl.int64), mask=count > 0, sem="relaxed")
-    return tl.where(good, g, 0.0)
+    return tl.where(good, tl.clamp(g, -_LARGE, _LARGE), 0.0)
 
 
 @triton.jit
@@ -194,7 +207,7 @@ def _sgd(
     p = _load(parameter, rows, n)
     g = _finite(gradient, bad, rows, n, sign) + p * weight_decay
     m = _decode(momentum_buffer, scales, rows, n, half, True, FIRST_BITS) * momentum + g * share
-    m = tl.clamp(m, -_MAX, _MAX, _KEEP_NAN)
+    m = tl.clamp(m, -_LARGE, _LARGE, _KEEP_NAN)
     update = g + m * momentum if nesterov else m
     _encode(momentum_buffer, scales, m, first_key, rows, n, half, True, FIRST_BITS)
     _write(parameter, p - update * lr, parameter_key, rows, n, stochastic)

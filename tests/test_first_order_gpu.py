@@ -24,13 +24,6 @@ INFINITY, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True)
-def ieee_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU torch.sqrt of float32 is often the neighbour of the rounded root, which the specification asks for."""
-    root = Tensor.sqrt
-    monkeypatch.setattr(Tensor, "sqrt", lambda x: root(x.double()).to(x.dtype))
-
-
-@pytest.fixture(autouse=True)
 def silent_numpy() -> Iterator[None]:
     """The interpreter computes with NumPy, which warns where a GPU is silent."""
     with np.errstate(all="ignore"):
