@@ -136,16 +136,16 @@ def _decode_signed(codes: Array, bits: int, scale: f32, out: Array) -> None:
     if bits == 4:
         for i in range(BLOCK):
             k = i32(codes[i] & magnitude)
-            value = max(max(max(max(k, i32(D1 * k - B1)), i32(D2 * k - B2)), i32(D3 * k - B3)), i32(D4 * k - B4))
+            units = max(max(max(max(k, i32(D1 * k - B1)), i32(D2 * k - B2)), i32(D3 * k - B3)), i32(D4 * k - B4))
             sign = u32(u32(u32(codes[i]) << u32(28)) & u32(0x80000000))
-            out[i] = f32(u32(u32(f32(i32(value)).view(u32)) | sign).view(f32)) * scale
+            out[i] = f32(u32(u32(f32(i32(units)).view(u32)) | sign).view(f32)) * scale
     else:
         f = SIGNED_FRACTION
         first, bias = u32(1 << f), u32((126 + f) << 23)
         for i in range(BLOCK):
-            k = u32(codes[i] & magnitude)
-            small = u32(f32(i32(k)).view(u32))
-            value = small if k < first else u32(u32(k << u32((23 - f) & 31)) + bias)
+            code = u32(codes[i] & magnitude)
+            small = u32(f32(i32(code)).view(u32))
+            value = small if code < first else u32(u32(code << u32((23 - f) & 31)) + bias)
             sign = u32(u32(u32(codes[i]) << u32(24)) & u32(0x80000000))
             out[i] = f32(u32(value | sign).view(f32)) * scale
 
