@@ -318,7 +318,6 @@ def test_take_steps_chooses_a_backend_for_each_step(monkeypatch):
 
 def test_without_numba_the_specification_steps(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "lowbit_optim.kernels.cpu", None)
-    monkeypatch.delattr(kernels, "cpu")
     kernels._backend.cache_clear()
     assert kernels._backend("cpu", torch.float32) is first_order.take
     kernels._backend.cache_clear()
