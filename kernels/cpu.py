@@ -31,12 +31,14 @@ from lowbit_optim.kernels.first_order import BLOCK, FRACTION, LINES, Moment, Ste
 Array = NDArray[Any]
 
 CHUNK = 2048  # blocks that a thread takes at a time
-MAX, LARGE = f32(np.finfo(f32).max), f32(2.0**126)
+MAX, LARGE = f32(np.finfo(f32).max), f32(2.0**100)
 # Constants, for numba reads no dict; and of the lines of 8-bit codes their number, and the codes on each.
 FRACTION_4, FRACTION_8 = FRACTION[4], FRACTION[8]
 LARGEST_4, LARGEST_8 = f32(largest(4)), f32(largest(8))
 (_, (D1, B1), (D2, B2), (D3, B3), (D4, B4)) = LINES[4]
 LAST_LINE, SIGNED_FRACTION = len(LINES[8]) - 1, (LINES[8][1][1] // LINES[8][1][0]).bit_length() - 1
+
+NO_BITS, NO_CODES, NO_SCALES = np.empty(0, u32), np.empty(0, u8), np.empty(0, f32)
 
 
 def _kernel(function: Callable[..., Any], forceinline: bool = False) -> Any:
@@ -170,13 +172,7 @@ def _largest(x: Array) -> f32:
 
 
 @_inline
-def _rounded_at_random(place: f32, limit: f32, random: u32) -> u32:
-    place = place + f32(i32(random >> u32(8))) * f32(2.0**-24)
-    return u32(i32(place if place < limit else limit))
-
-
-@_inline
-def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
+def _encode_signed(x: Array, bits: int, codes: Array) -> f32:
     """The scale, and codes; of 8 bits, the least of the lines is the one that the number's power of two names."""
     scale = f32(_largest(x) / (LARGEST_4 if bits == 4 else LARGEST_8))
     empty = not scale > f32(0)  # or not a number
@@ -192,7 +188,8 @@ def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
             place = min(place, units * f32(1 / D2) + f32(B2 / D2))
             place = min(place, units * f32(1 / D3) + f32(B3 / D3))
             place = min(place, units * f32(1 / D4) + f32(B4 / D4))
-            codes[i] = _rounded_at_random(place, limit, random[i]) | (sign if x[i] < f32(0) else u32(0))
+            place = place + f32(0.5)
+            codes[i] = u32(u32(i32(place if place < limit else limit)) | (sign if x[i] < f32(0) else u32(0)))
     else:
         for i in range(BLOCK):
             units = f32(abs(f32(x[i])) / divisor)
@@ -201,7 +198,8 @@ def _encode_signed(x: Array, bits: int, random: Array, codes: Array) -> f32:
             line = last if line > last else line
             slope = f32(u32(u32(i32(127) - line) << u32(23)).view(f32))
             place = units * slope + f32(line) * length
-            codes[i] = _rounded_at_random(place, limit, random[i]) | (sign if x[i] < f32(0) else u32(0))
+            place = place + f32(0.5)
+            codes[i] = u32(u32(i32(place if place < limit else limit)) | (sign if x[i] < f32(0) else u32(0)))
     return scale
 
 
@@ -261,18 +259,30 @@ def _read(moment: Any, signed: bool, index: int, place: Any, n: int, scratch: Ar
 
 
 @_inline
-def _write(
-    moment: Any, signed: bool, index: int, place: Any, n: int, x: Array, key: int, random: Array, scratch: Array
-) -> None:
+def _keep(moment: Any, index: int, place: Any, n: int, feedback: f32, x: Array, scratch: Array, kept: Array) -> None:
+    """Write a signed moment, and leave in x what the parameter's step takes: x + feedback (x - what was kept)."""
+    bits, values, codes, scales = moment
+    if bits == 32:
+        _narrow(x, 0, False, NO_BITS, values[place[0] : place[1]])
+        return
+    scale = _encode_signed(x, bits, scratch)
+    scales[index] = scale
+    start, end = _bytes(bits, place, n)
+    _pack(scratch, bits, codes[start:end])
+    _decode_signed(scratch, bits, scale, kept)
+    for i in range(BLOCK):
+        x[i] = x[i] + (x[i] - kept[i]) * feedback
+
+
+@_inline
+def _write(moment: Any, index: int, place: Any, n: int, x: Array, key: int, random: Array, scratch: Array) -> None:
+    """Write an unsigned moment."""
     bits, values, codes, scales = moment
     if bits == 32:
         _narrow(x, 0, False, random, values[place[0] : place[1]])
         return
     _hash(key, place[0], random)
-    if signed:
-        scales[index] = _encode_signed(x, bits, random, scratch)
-    else:
-        scales[index] = _encode_unsigned(x, bits, random, scratch)
+    scales[index] = _encode_unsigned(x, bits, random, scratch)
     start, end = _bytes(bits, place, n)
     _pack(scratch, bits, codes[start:end])
 
@@ -300,7 +310,7 @@ def _end(place: Any, p: Array, stochastic: bool, key: int, random: Array, parame
 def _adamw(
     parameter: Any, gradient: Any, moments: Any, keys: Any, settings: Any, n: int, scratch: Any, first: int, last: int
 ) -> int:
-    stochastic, sign, beta1, rest1, beta2, rest2, decay, step_size, root_correction, eps = settings
+    stochastic, sign, beta1, rest1, beta2, rest2, decay, step_size, root_correction, eps, feedback = settings
     p, g, m, v, random, codes = scratch
     bad = 0
     for index in range(first, last):
@@ -313,10 +323,10 @@ def _adamw(
         for i in range(BLOCK):
             square = g[i] * g[i]
             v[i] = v[i] * beta2 + (MAX if square > MAX else square) * rest2
+        _keep(moments[0], index, place, n, feedback, m, codes, g)
         for i in range(BLOCK):
             p[i] = p[i] * decay - m[i] / (np.sqrt(v[i]) * root_correction + eps) * step_size
-        _write(moments[0], True, index, place, n, m, keys[1], random, codes)
-        _write(moments[1], False, index, place, n, v, keys[2], random, codes)
+        _write(moments[1], index, place, n, v, keys[1], random, codes)
         _end(place, p, stochastic, keys[0], random, parameter)
     return bad
 
@@ -325,8 +335,8 @@ def _adamw(
 def _sgd(
     parameter: Any, gradient: Any, moments: Any, keys: Any, settings: Any, n: int, scratch: Any, first: int, last: int
 ) -> int:
-    stochastic, nesterov, sign, weight_decay, momentum, share, lr = settings
-    p, g, m, _, random, codes = scratch
+    stochastic, nesterov, sign, weight_decay, momentum, share, lr, feedback = settings
+    p, g, m, kept, random, codes = scratch
     bad = 0
     for index in range(first, last):
         place = _place(index, n)
@@ -337,9 +347,9 @@ def _sgd(
             x = m[i] * momentum + g[i] * share
             x = LARGE if x > LARGE else x
             m[i] = -LARGE if x < -LARGE else x
+        _keep(moments[0], index, place, n, feedback, m, codes, kept)
         for i in range(BLOCK):
             p[i] = p[i] - (g[i] + m[i] * momentum if nesterov else m[i]) * lr
-        _write(moments[0], True, index, place, n, m, keys[1], random, codes)
         _end(place, p, stochastic, keys[0], random, parameter)
     return bad
 
@@ -361,7 +371,7 @@ def _adagrad(
             s[i] = MAX if x > MAX else x
         for i in range(BLOCK):
             p[i] = p[i] - g[i] / (np.sqrt(s[i]) + eps) * step_size
-        _write(moments[0], False, index, place, n, s, keys[1], random, codes)
+        _write(moments[0], index, place, n, s, keys[1], random, codes)
         _end(place, p, stochastic, keys[0], random, parameter)
     return bad
 
@@ -400,10 +410,10 @@ def _settings(step: Step) -> tuple[Any, ...]:
     s, flags = step.settings, [step.settings["stochastic"]]
     if step.rule == "adamw":
         numbers = [s["sign"], s["beta1"], 1 - s["beta1"], s["beta2"], 1 - s["beta2"], s["decay"], s["step_size"]]
-        numbers += [s["root_correction"], s["eps"]]
+        numbers += [s["root_correction"], s["eps"], s["feedback"]]
     elif step.rule == "sgd":
         flags.append(s["nesterov"])
-        numbers = [s["sign"], s["weight_decay"], s["momentum"], s["share"], s["lr"]]
+        numbers = [s["sign"], s["weight_decay"], s["momentum"], s["share"], s["lr"], s["feedback"]]
     else:
         numbers = [s["sign"], s["weight_decay"], s["step_size"], s["eps"]]
     return (*map(bool, flags), *map(f32, numbers))
@@ -414,9 +424,6 @@ def _bits(x: Tensor) -> tuple[int, Array]:
     if x.dtype == torch.bfloat16:
         return 16, x.view(-1).view(torch.uint16).numpy()
     return 0, x.float().view(-1).view(torch.uint32).numpy()
-
-
-NO_BITS, NO_CODES, NO_SCALES = np.empty(0, u32), np.empty(0, u8), np.empty(0, f32)
 
 
 def _moment(moment: Moment) -> tuple[int, Array, Array, Array]:

@@ -2,8 +2,14 @@
 
 A moment x of a parameter, viewed as rows of n numbers, is kept as float32 numbers or as codes: blocks of ``BLOCK``
 numbers of a row (the last may be short) share a scale, and a code is a small float in units of it. From one step to the
-next a moment changes by less than the spacing of its codes, so that rounding to the nearest one would hold it where it
-is for ever: codes are rounded up or down at random, such that their mean is x.
+next a moment changes by less than the spacing of its codes, so that rounding to the nearest one alone would hold it
+where it is for ever.
+
+* A signed moment is rounded to the nearest code, and what rounding takes from it, e, goes into the parameter's step at
+  once, ``feedback`` times: with the weight beta + beta^2 + ... = beta / (1 - beta) that e would have had in all later
+  steps. Nothing is lost then, some of it only comes early. (Rounded at random, it would be right in the mean, and the
+  parameter would walk at random.)
+* An unsigned moment is rounded up or down at random, such that the mean is x.
 
 * A signed moment has codes of a sign (the highest bit) and a magnitude k, which stands for max (d k - b) over the
   ``LINES`` (d, b): 0 1 5 13 29 61 93 125 (4 bits), or floats of 3 bits exponent and 4 bits fraction (8 bits). They lie
@@ -38,7 +44,7 @@ LINES = {
 FRACTION = {4: 0, 8: 3}
 _WORD = 0xFFFFFFFF
 _MAX = torch.finfo(torch.float32).max
-_LARGE = 2.0**126
+_LARGE = 2.0**100
 
 
 class Moment(NamedTuple):
@@ -54,8 +60,7 @@ class Keys(NamedTuple):
     """For each use of random bits in one step of one parameter a number of 32 bits."""
 
     parameter: int
-    first: int
-    second: int
+    moment: int
 
 
 # ---- random bits -----------------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ class Keys(NamedTuple):
 def keys(seed: int, parameter: int, step: int) -> Keys:
     """The keys of a step (counted from 1) of the parameter of this number."""
     mixed = _mix64(_mix64(_mix64(seed) ^ parameter) ^ step)
-    return Keys(*(_mix64(mixed + use) & _WORD for use in range(3)))
+    return Keys(*(_mix64(mixed + use) & _WORD for use in range(2)))
 
 
 def _mix64(x: int) -> int:
@@ -93,7 +98,7 @@ def largest(bits: int) -> float:
     return max(d * (2.0 ** (bits - 1) - 1) - b for d, b in LINES[bits])
 
 
-def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]:
+def encode_signed(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """float32 [rows, n] to codes and scales."""
     blocks = _blocks(x)
     # Divided by a tensor: by a number torch divides on CUDA as it multiplies with its inverse.
@@ -104,8 +109,7 @@ def encode_signed(x: Tensor, bits: int, random: Tensor) -> tuple[Tensor, Tensor]
     place = units  # where the number lies between the codes: code k is at k
     for d, b in LINES[bits][1:]:
         place = torch.minimum(place, units / d + b / d)
-    dither = _blocks((random >> 8).float()) * 2.0**-24
-    codes = (place + dither).floor().clamp(max=2.0 ** (bits - 1) - 1).to(torch.uint8)
+    codes = (place + 0.5).floor().clamp(max=2.0 ** (bits - 1) - 1).to(torch.uint8)
     codes |= (blocks < 0).to(torch.uint8) << (bits - 1)
     return _pack_blocks(codes, bits, x.shape[-1]), scales
 
@@ -149,14 +153,16 @@ def decode(moment: Moment, kind: str, n: int) -> Tensor:
 
 
 def write(moment: Moment, kind: str, x: Tensor, key: int) -> None:
-    """Put new numbers, float32 [rows, n], into a moment."""
+    """Put new numbers, float32 [rows, n], into a moment; the key is for those that are rounded at random."""
     if moment.values is not None:
         moment.values.copy_(x)
         return
     assert moment.codes is not None
     assert moment.scales is not None
-    encode = encode_signed if kind == "signed" else encode_unsigned
-    codes, scales = encode(x, moment.bits, random_bits(key, x.shape, x.device))
+    if kind == "signed":
+        codes, scales = encode_signed(x, moment.bits)
+    else:
+        codes, scales = encode_unsigned(x, moment.bits, random_bits(key, x.shape, x.device))
     moment.codes.copy_(codes)
     moment.scales.copy_(scales)
 
@@ -197,11 +203,17 @@ def write_parameter(parameter: Tensor, x: Tensor, key: int | None) -> None:
 def finite(gradient: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     """sign * gradient in float32 with zeros where it is not finite; how many numbers that are, int64 [].
 
-    What is finite ends at 2^126, for the products of codes and scales are not to overflow.
+    What is finite ends at 2^100, for what is made of it is not to overflow.
     """
     gradient = gradient.float() * sign
     good = torch.isfinite(gradient)
     return torch.where(good, gradient.clamp(-_LARGE, _LARGE), 0.0), (~good).sum()
+
+
+def _keep(moment: Moment, m: Tensor, feedback: float) -> Tensor:
+    """Put a signed moment's new numbers into it; returns m + feedback e, e being what rounding takes from m."""
+    write(moment, "signed", m, 0)
+    return m + (m - decode(moment, "signed", m.shape[-1])) * feedback
 
 
 def adamw_step(
@@ -218,12 +230,13 @@ def adamw_step(
     step_size: float,
     root_correction: float,
     eps: float,
+    feedback: float,
     stochastic: bool,
 ) -> Tensor:
     """AdamW on rows, in place.
 
         m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-        p = decay p - step_size m / (root_correction sqrt(v) + eps)
+        p = decay p - step_size (m + feedback e) / (root_correction sqrt(v) + eps)
 
     Args:
         parameter: [rows, n], float32, bfloat16 or float16.
@@ -232,6 +245,7 @@ def adamw_step(
         decay: 1 - lr weight_decay.
         step_size: lr / (1 - beta1^t).
         root_correction: (1 - beta2^t)^(-1/2).
+        feedback: beta1 / (1 - beta1).
         stochastic: round bfloat16 parameters at random.
 
     Returns:
@@ -241,10 +255,10 @@ def adamw_step(
     g, bad = finite(gradient, sign)
     m = decode(mean, "signed", n) * beta1 + g * (1 - beta1)
     v = decode(square, "unsigned", n) * beta2 + g.square().clamp(max=_MAX) * (1 - beta2)
-    update = m / (_sqrt(v) * root_correction + eps)
+    step = _keep(mean, m, feedback)
+    write(square, "unsigned", v, keys.moment)
+    update = step / (_sqrt(v) * root_correction + eps)
     new = parameter.float() * decay - update * step_size
-    write(mean, "signed", m, keys.first)
-    write(square, "unsigned", v, keys.second)
     write_parameter(parameter, new, keys.parameter if stochastic else None)
     return bad
 
@@ -261,22 +275,25 @@ def sgd_step(
     share: float,
     nesterov: bool,
     lr: float,
+    feedback: float,
     stochastic: bool,
 ) -> Tensor:
     """SGD with momentum on rows, in place; arguments and result as of ``adamw_step``.
 
-        g = g + weight_decay p,  m = momentum m + share g,  p = p - lr (g + momentum m if nesterov else m)
+        g = g + weight_decay p,  m = momentum m + share g
+        p = p - lr (g + momentum (m + feedback e) if nesterov else m + feedback e)
 
     Args:
         share: 1 - dampening; 1 in the first step.
+        feedback: momentum / (1 - momentum).
     """
     n = parameter.shape[-1]
     g, bad = finite(gradient, sign)
     p = parameter.float()
     g = g + p * weight_decay
     m = (decode(momentum_buffer, "signed", n) * momentum + g * share).clamp(-_LARGE, _LARGE)
-    update = g + m * momentum if nesterov else m
-    write(momentum_buffer, "signed", m, keys.first)
+    step = _keep(momentum_buffer, m, feedback)
+    update = g + step * momentum if nesterov else step
     write_parameter(parameter, p - update * lr, keys.parameter if stochastic else None)
     return bad
 
@@ -302,7 +319,7 @@ def adagrad_step(
     p = parameter.float()
     g = g + p * weight_decay
     s = (decode(sum, "unsigned", n) + g.square()).clamp(max=_MAX)
-    write(sum, "unsigned", s, keys.first)
+    write(sum, "unsigned", s, keys.moment)
     write_parameter(parameter, p - g / (_sqrt(s) + eps) * step_size, keys.parameter if stochastic else None)
     return bad
 

@@ -24,7 +24,7 @@ from lowbit_optim.kernels.reference import packed_bytes
 BLOCK = tl.constexpr(first_order.BLOCK)
 TILE = tl.constexpr(8)
 _MAX = tl.constexpr(torch.finfo(torch.float32).max)
-_LARGE = tl.constexpr(2.0**126)
+_LARGE = tl.constexpr(2.0**100)
 _LARGEST_4, _LARGEST_8 = tl.constexpr(first_order.largest(4)), tl.constexpr(first_order.largest(8))
 (_, (_d1, _b1), (_d2, _b2), (_d3, _b3), (_d4, _b4)) = first_order.LINES[4]
 _D1, _D2, _D3, _D4 = tl.constexpr(_d1), tl.constexpr(_d2), tl.constexpr(_d3), tl.constexpr(_d4)
@@ -32,7 +32,7 @@ _B1, _B2, _B3, _B4 = tl.constexpr(_b1), tl.constexpr(_b2), tl.constexpr(_b3), tl
 _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # as torch's clamp does
 
 # Triton compiles anew for a number that is 1, or a number or an address that is a multiple of 16; not for these.
-_PLAIN = ("bad", "rows", "parameter_key", "first_key", "second_key")
+_PLAIN = ("bad", "rows", "parameter_key", "moment_key")
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -77,9 +77,22 @@ def _random(key, place):
 
 
 @triton.jit
+def _signed(codes, BITS: tl.constexpr):
+    """What signed codes, int32, stand for."""
+    k = codes & (2 ** (BITS - 1) - 1)
+    if BITS == 4:
+        units = tl.maximum(tl.maximum(k, k * _D1 - _B1), k * _D2 - _B2)
+        units = tl.maximum(tl.maximum(units, k * _D3 - _B3), k * _D4 - _B4)
+    else:
+        i = tl.maximum((k >> 4) - 1, 0)  # the line on which k lies
+        units = (k - (i << 4)) << i
+    return units.to(tl.float32) * tl.where(codes == k, 1.0, -1.0)  # zeros have signs, too
+
+
+@triton.jit
 def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """The numbers of a moment, float32 [TILE, BLOCK]; anything outside. A row of 4-bit codes takes ``half`` bytes."""
-    F: tl.constexpr = 4 if SIGNED else (0 if BITS == 4 else 3)  # bits of fraction, but of signed codes of 4 bits
+    F: tl.constexpr = 0 if BITS == 4 else 3  # bits of fraction of unsigned codes
     if BITS == 32:
         x = _load(data, rows, n)
     else:
@@ -91,14 +104,7 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
             place, inside = _places(rows, n, BLOCK)
             codes = tl.load(data + place, inside, other=0).to(tl.int32)
         if SIGNED:
-            k = codes & (2 ** (BITS - 1) - 1)
-            if BITS == 4:
-                units = tl.maximum(tl.maximum(k, k * _D1 - _B1), k * _D2 - _B2)
-                units = tl.maximum(tl.maximum(units, k * _D3 - _B3), k * _D4 - _B4)
-            else:
-                i = tl.maximum((k >> F) - 1, 0)  # the line on which k lies
-                units = (k - (i << F)) << i
-            x = units.to(tl.float32) * tl.where(codes == k, 1.0, -1.0)  # zeros have signs, too
+            x = _signed(codes, BITS)
         else:
             x = ((codes + ((127 << F) - (2**BITS - 1))) << (23 - F)).to(tl.float32, bitcast=True)
         block = _blocks()
@@ -107,45 +113,67 @@ def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexp
 
 
 @triton.jit
-def _encode(data, scales, x, key, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
-    """Put new numbers, float32 [TILE, BLOCK], into a moment."""
-    F: tl.constexpr = 4 if SIGNED else (0 if BITS == 4 else 3)  # bits of fraction, but of signed codes of 4 bits
+def _store(data, scales, codes, scale, rows, n, half, BITS: tl.constexpr):
+    """Codes, int32 [TILE, BLOCK], and scales, [TILE], into a moment."""
+    place, inside = _places(rows, n, BLOCK)
+    codes = codes.to(tl.uint8)
+    if BITS == 4:
+        low, high = tl.split(codes.reshape(TILE, BLOCK // 2, 2))
+        place, inside = _places(rows, half, BLOCK // 2)
+        codes = low | (high << 4)
+    tl.store(data + place, codes, inside)
+    block = _blocks()
+    tl.store(scales + block, scale, block < rows * tl.cdiv(n, BLOCK))
+
+
+@triton.jit
+def _greatest(x):
+    """The greatest magnitude of each block, or NaN: above zero, numbers are in the order of their bits."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keep(data, scales, x, rows, n, half, feedback, BITS: tl.constexpr):
+    """Put a signed moment's new numbers, float32 [TILE, BLOCK], into it; returns x + feedback (x - what is kept)."""
+    place, inside = _places(rows, n, BLOCK)
+    if BITS == 32:
+        tl.store(data + place, x, inside)
+        step = x
+    else:
+        x = tl.where(inside, x, 0.0)
+        scale = tl.div_rn(_greatest(x), _LARGEST_4 if BITS == 4 else _LARGEST_8)
+        each = scale[:, None]
+        units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
+        if BITS == 4:
+            lies = tl.minimum(tl.minimum(units, units * (1 / _D1) + _B1 / _D1), units * (1 / _D2) + _B2 / _D2)
+            lies = tl.minimum(tl.minimum(lies, units * (1 / _D3) + _B3 / _D3), units * (1 / _D4) + _B4 / _D4)
+        else:
+            lies = units
+            for i in tl.static_range(1, 7):
+                lies = tl.minimum(lies, units * 2.0**-i + (i << 4))
+        codes = tl.minimum((lies + 0.5).to(tl.int32), 2 ** (BITS - 1) - 1)
+        codes |= (x < 0).to(tl.int32) << (BITS - 1)
+        _store(data, scales, codes, scale, rows, n, half, BITS)
+        step = x + (x - _signed(codes, BITS) * each) * feedback
+    return step
+
+
+@triton.jit
+def _encode(data, scales, x, key, rows, n, half, BITS: tl.constexpr):
+    """Put an unsigned moment's new numbers, float32 [TILE, BLOCK], into it."""
+    F: tl.constexpr = 0 if BITS == 4 else 3
     place, inside = _places(rows, n, BLOCK)
     if BITS == 32:
         tl.store(data + place, x, inside)
     else:
-        random = _random(key, place)
         x = tl.where(inside, x, 0.0)
-        # Not negative, magnitudes are in the order of their bits, above which NaN is: the greatest, NaN kept.
-        scale = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-        if SIGNED:
-            scale = tl.div_rn(scale, _LARGEST_4 if BITS == 4 else _LARGEST_8)
-            each = scale[:, None]
-            units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
-            if BITS == 4:
-                lies = tl.minimum(tl.minimum(units, units * (1 / _D1) + _B1 / _D1), units * (1 / _D2) + _B2 / _D2)
-                lies = tl.minimum(tl.minimum(lies, units * (1 / _D3) + _B3 / _D3), units * (1 / _D4) + _B4 / _D4)
-            else:
-                lies = units
-                for i in tl.static_range(1, 7):
-                    lies = tl.minimum(lies, units * 2.0**-i + (i << F))
-            dither = (random >> 8).to(tl.float32) * 2.0**-24
-            codes = tl.minimum((lies + dither).to(tl.int32), 2 ** (BITS - 1) - 1)
-            codes |= (x < 0).to(tl.int32) << (BITS - 1)
-        else:
-            each = scale[:, None]
-            units = tl.where(each > 0, tl.div_rn(x, tl.where(each > 0, each, 1.0)), 0.0)
-            lies = (units.to(tl.uint32, bitcast=True) + (random & ((1 << (23 - F)) - 1))) >> (23 - F)
-            codes = lies.to(tl.int32) - ((127 << F) - (2**BITS - 1))
-            codes = tl.minimum(tl.maximum(codes, 0), 2**BITS - 1)
-        codes = codes.to(tl.uint8)
-        if BITS == 4:
-            low, high = tl.split(codes.reshape(TILE, BLOCK // 2, 2))
-            place, inside = _places(rows, half, BLOCK // 2)
-            codes = low | (high << 4)
-        tl.store(data + place, codes, inside)
-        block = _blocks()
-        tl.store(scales + block, scale, block < rows * tl.cdiv(n, BLOCK))
+        scale = _greatest(x)
+        each = scale[:, None]
+        units = tl.where(each > 0, tl.div_rn(x, tl.where(each > 0, each, 1.0)), 0.0)
+        lies = (units.to(tl.uint32, bitcast=True) + (_random(key, place) & ((1 << (23 - F)) - 1))) >> (23 - F)
+        codes = lies.to(tl.int32) - ((127 << F) - (2**BITS - 1))
+        codes = tl.minimum(tl.maximum(codes, 0), 2**BITS - 1)
+        _store(data, scales, codes, scale, rows, n, half, BITS)
 
 
 # ---- parts of a step -------------------------------------------------------------------------------------------------
@@ -184,38 +212,38 @@ def _write(parameter, x, key, rows, n, stochastic: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _adamw(
-    parameter, gradient, bad, mean, mean_scales, square, square_scales, rows, n, half, parameter_key, first_key,
-    second_key, sign, beta1, share1, beta2, share2, decay, step_size, root_correction, eps, stochastic: tl.constexpr,
+    parameter, gradient, bad, mean, mean_scales, square, square_scales, rows, n, half, parameter_key, moment_key,
+    sign, beta1, share1, beta2, share2, decay, step_size, root_correction, eps, feedback, stochastic: tl.constexpr,
     FIRST_BITS: tl.constexpr, SECOND_BITS: tl.constexpr,
 ):  # fmt: skip
     g = _finite(gradient, bad, rows, n, sign)
     m = _decode(mean, mean_scales, rows, n, half, True, FIRST_BITS) * beta1 + g * share1
     v = _decode(square, square_scales, rows, n, half, False, SECOND_BITS) * beta2 + tl.minimum(g * g, _MAX) * share2
-    update = tl.div_rn(m, tl.sqrt_rn(v) * root_correction + eps)
+    step = _keep(mean, mean_scales, m, rows, n, half, feedback, FIRST_BITS)
+    update = tl.div_rn(step, tl.sqrt_rn(v) * root_correction + eps)
     new = _load(parameter, rows, n) * decay - update * step_size
-    _encode(mean, mean_scales, m, first_key, rows, n, half, True, FIRST_BITS)
-    _encode(square, square_scales, v, second_key, rows, n, half, False, SECOND_BITS)
+    _encode(square, square_scales, v, moment_key, rows, n, half, SECOND_BITS)
     _write(parameter, new, parameter_key, rows, n, stochastic)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _sgd(
-    parameter, gradient, bad, momentum_buffer, scales, rows, n, half, parameter_key, first_key, second_key,
-    sign, weight_decay, momentum, share, nesterov: tl.constexpr, lr, stochastic: tl.constexpr,
+    parameter, gradient, bad, momentum_buffer, scales, rows, n, half, parameter_key, moment_key,
+    sign, weight_decay, momentum, share, nesterov: tl.constexpr, lr, feedback, stochastic: tl.constexpr,
     FIRST_BITS: tl.constexpr,
 ):  # fmt: skip
     p = _load(parameter, rows, n)
     g = _finite(gradient, bad, rows, n, sign) + p * weight_decay
     m = _decode(momentum_buffer, scales, rows, n, half, True, FIRST_BITS) * momentum + g * share
     m = tl.clamp(m, -_LARGE, _LARGE, _KEEP_NAN)
-    update = g + m * momentum if nesterov else m
-    _encode(momentum_buffer, scales, m, first_key, rows, n, half, True, FIRST_BITS)
+    step = _keep(momentum_buffer, scales, m, rows, n, half, feedback, FIRST_BITS)
+    update = g + step * momentum if nesterov else step
     _write(parameter, p - update * lr, parameter_key, rows, n, stochastic)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _adagrad(
-    parameter, gradient, bad, sum, scales, rows, n, half, parameter_key, first_key, second_key,
+    parameter, gradient, bad, sum, scales, rows, n, half, parameter_key, moment_key,
     sign, weight_decay, step_size, eps, stochastic: tl.constexpr,
     FIRST_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +251,7 @@ def _adagrad(
     g = _finite(gradient, bad, rows, n, sign) + p * weight_decay
     s = _decode(sum, scales, rows, n, half, False, FIRST_BITS) + g * g
     s = tl.minimum(s, _MAX, _KEEP_NAN)
-    _encode(sum, scales, s, first_key, rows, n, half, False, FIRST_BITS)
+    _encode(sum, scales, s, moment_key, rows, n, half, FIRST_BITS)
     new = p - tl.div_rn(g, tl.sqrt_rn(s) + eps) * step_size
     _write(parameter, new, parameter_key, rows, n, stochastic)
 

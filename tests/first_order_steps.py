@@ -10,6 +10,7 @@ SETTINGS = {
         "step_size": 0.01,
         "root_correction": 3.0,
         "eps": 1e-8,
+        "feedback": 9.0,
         "stochastic": True,
     },
     "sgd": {
@@ -19,6 +20,7 @@ SETTINGS = {
         "share": 0.9,
         "nesterov": True,
         "lr": 0.1,
+        "feedback": 9.0,
         "stochastic": True,
     },
     "adagrad": {"sign": 1.0, "weight_decay": 0.01, "step_size": 0.1, "eps": 1e-10, "stochastic": True},

@@ -70,20 +70,15 @@ def oracle(optimizer, start, gradients, options):
 
 @each_rule
 @each_bits
-def test_the_mean_over_seeds_is_the_trajectory_of_32_bits(optimizer, options, bits):
-    """Rounding is unbiased. Roots are not linear, so that of a second moment in 4 bits is smaller in the mean."""
+def test_a_long_run_stays_near_that_of_32_bits(optimizer, options, bits):
+    """What rounding takes away comes back: errors do not add up over 100 steps, of which each is off by more."""
     start = random(4, 1100, dtype=torch.float64).numpy()
-    gradients = [random(4, 1100, seed=step + 1, dtype=torch.float64).numpy() for step in range(5)]
+    drift = 0.3 * random(4, 1100, seed=1000, dtype=torch.float64).numpy()
+    gradients = [drift + random(4, 1100, seed=step + 1, dtype=torch.float64).numpy() for step in range(100)]
     exact = oracle(optimizer, start, gradients, options)[-1]
-    runs = [
-        follow(lambda p, s=seed: optimizer(p, bits=bits, seed=s, **options), start, gradients, torch.float32)[-1]
-        for seed in range(24)
-    ]
-    moved = abs(exact - start).mean()
-    each = [abs(run - exact).mean() / moved for run in runs]
-    mean = abs(sum(runs) / len(runs) - exact).mean() / moved
-    assert 0 < max(each) < {8: 0.04, 4: 0.3}[bits]
-    assert mean < {8: 0.012, 4: 0.1}[bits]
+    run = follow(lambda p: optimizer(p, bits=bits, **options), start, gradients, torch.float32)[-1]
+    error = abs(run - exact).mean() / abs(exact - start).mean()
+    assert 0 < error < {8: 0.06, 4: 0.35}[bits]
 
 
 @each_rule
@@ -235,10 +230,10 @@ def test_torchs_state_becomes_codes(optimizer, options, bits):
     mine.load_state_dict(reference.state_dict())
     assert mine.param_groups[0]["bits"] == bits
     before = theirs.detach().clone()
-    step_with(reference, theirs, range(6, 9))
-    step_with(mine, ours, range(6, 9))
+    step_with(reference, theirs, range(6, 46))
+    step_with(mine, ours, range(6, 46))
     moved = (theirs.detach() - before).norm()
-    assert 0 < (ours.detach() - theirs.detach()).norm() < {8: 0.05, 4: 0.4}[bits] * moved
+    assert 0 < (ours.detach() - theirs.detach()).norm() < {8: 0.1, 4: 0.5}[bits] * moved
 
 
 # --------------------------------------------------------------------------------------------- what is refused

@@ -172,7 +172,7 @@ def test_gradients_of_another_dtype():
 
 def test_several_parameters():
     """Of several rules and shapes, one of them empty, with keys at the ends of their range."""
-    keys = [first_order.Keys(0, 1, 2**32 - 1), first_order.Keys(2**31, 2**31 - 1, 16)]
+    keys = [first_order.Keys(0, 2**32 - 1), first_order.Keys(2**31, 2**31 - 1)]
     steps = []
     for number, (rule, rows, n) in enumerate([("adamw", 20, 130), ("sgd", 0, 5), ("adagrad", 1, 7), ("sgd", 3, 64)]):
         moments = zeros(rule, rows, n, 4)

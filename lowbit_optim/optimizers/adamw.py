@@ -17,9 +17,11 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         w \leftarrow (1 - \eta \lambda) w - \eta \, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     At ``bits`` 8 or 4 both moments are codes of that size, one float32 scale for every 128 numbers of a row of the
-    (first dim, rest) view: 2.06 or 1.06 bytes a parameter in the place of 8. Codes are rounded up or down at random
-    such that their mean is the moment: rounded to the nearest code, an average that moves by less than half a code in
-    a step would stay where it is. The second moment has no code for zero, which would divide by epsilon.
+    (first dim, rest) view: 2.06 or 1.06 bytes a parameter in the place of 8. An average that moves by less than half a
+    code in a step would stay where it is for ever if it were rounded to the nearest code and no more. What rounding
+    takes from m therefore goes into the step at once, :math:`\beta_1 / (1 - \beta_1)` times, as it would have in all
+    later ones; and v is rounded up or down at random, such that the mean is right. v has no code for zero, which would
+    divide by epsilon.
 
     At ``bits=32``, for float64 parameters, and for parameters with fewer than ``min_quant_size`` numbers or rows under
     32 (biases, norms), this is torch's own AdamW with its state and options; its state dict can be loaded. bfloat16 and
@@ -34,8 +36,8 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         amsgrad: only with ``bits=32``. Default False.
         bits: of each number of a moment: 32, 8 or 4. Default 8.
         min_quant_size: a parameter with fewer numbers keeps moments of 32 bits. Default 4096.
-        seed: of the rounding, which depends on it, on the parameter's place in the groups and on its step: a resumed
-            run is the same bit for bit. Default 0.
+        seed: of rounding at random, which depends on it, on the parameter's place in the groups and on its step: a
+            resumed run is the same bit for bit. Default 0.
         stochastic_rounding: round bfloat16 parameters at random, so that small steps are not lost. Default True.
         maximize, foreach, capturable, differentiable, fused: of torch's AdamW; capturable and differentiable only with
             ``bits=32``.
@@ -85,4 +87,5 @@ class AdamW(FirstOrder, torch.optim.AdamW):
             "step_size": lr / (1 - beta1**count),
             "root_correction": (1 - beta2**count) ** -0.5,
             "eps": group["eps"],
+            "feedback": beta1 / (1 - beta1),
         }

@@ -309,7 +309,7 @@ class FirstOrder(Optimizer):
             if moment.shape != parameter.shape:
                 raise ValueError(f"{where(index, parameter)}: its {name} in the state dict is {list(moment.shape)}")
             parts = form.zeros(name, parameter.shape, moment.device)
-            form.write(name, parts, moment, self.keys(index, group, 0).first)
+            form.write(name, parts, moment, self.keys(index, group, 0).moment)
             encoded |= parts
         return encoded
 

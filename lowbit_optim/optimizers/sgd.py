@@ -19,8 +19,9 @@ class SGD(FirstOrder, torch.optim.SGD):
         g \leftarrow g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g, \quad
         w \leftarrow w - \eta \, (g + \mu m \text{ with nesterov, else } m)
 
-    At ``bits`` 8 or 4 the momentum is codes of that size, 1.03 or 0.53 bytes a parameter, rounded at random, as
-    :class:`AdamW` describes; which parameters keep 32 bits, and how bfloat16 ones are rounded, is said there, too.
+    At ``bits`` 8 or 4 the momentum is codes of that size, 1.03 or 0.53 bytes a parameter, and what rounding takes from
+    it goes into the step at once, as :class:`AdamW` describes; which parameters keep 32 bits, and how bfloat16 ones are
+    rounded, is said there, too.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
@@ -68,4 +69,5 @@ class SGD(FirstOrder, torch.optim.SGD):
             "share": 1 - float(group["dampening"]) if momentum and count > 1 else 1.0,
             "nesterov": bool(group["nesterov"]),
             "lr": float(group["lr"]),
+            "feedback": momentum / (1 - momentum) if momentum < 1 else 0.0,
         }

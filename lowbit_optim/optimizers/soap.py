@@ -62,14 +62,14 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         if kept is None:
             return
         left, right = (n.mT @ o for n, o in zip(forms.roots(stack, 0, 1, dtype), old, strict=True))
-        key = keys(group.get("seed", 0), ~index, steps)  # other random bits than those of AdamW's own step
+        key = keys(group.get("seed", 0), ~index, steps).moment  # other random bits than those of AdamW's own step
         mean, square = (moment_form(parameter, group, kind) for kind in ("signed", "unsigned"))
         turned = left @ cut.split(mean.read("base.exp_avg", state, parameter.shape)).to(dtype) @ right.mT
-        mean.write("base.exp_avg", state, cut.merge(turned), key.first)
+        mean.write("base.exp_avg", state, cut.merge(turned), key)
         names = ["base.exp_avg_sq"] + ["base.max_exp_avg_sq"] * ("base.max_exp_avg_sq" in state)
         for name in names:
             squares = cut.split(square.read(name, state, parameter.shape))[:, orders[0]][:, :, orders[1]]
-            square.write(name, state, cut.merge(squares), key.second)
+            square.write(name, state, cut.merge(squares), key)
 
     def _turn(self, side: str, form: Any, stack: Stack, dtype: torch.dtype, first: bool) -> Tensor:
         state, order = form.turn(stack.read(side, 0, 1), dtype, anew=first)
