@@ -5,6 +5,7 @@ from importlib.metadata import version
 from lowbit_optim import presets
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.groups import param_groups
+from lowbit_optim.memory import Estimate, estimate, state_bytes
 from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.caspr import CASPR
 from lowbit_optim.optimizers.ekfac import EKFAC
@@ -21,10 +22,13 @@ __all__ = [
     "SOAP",
     "AdaBK",
     "CheckpointError",
+    "Estimate",
     "Quantization",
     "Shampoo",
+    "estimate",
     "load_checkpoint",
     "param_groups",
     "presets",
     "save_checkpoint",
+    "state_bytes",
 ]
