@@ -99,7 +99,8 @@ def estimate(
         world_size: processes. Default 1.
         sharding: a plan, for the distributed optimizers do not exist yet. None: every rank has everything. "ddp": each
             block's preconditioner lives on one rank, such that all have about the same work; moments are everywhere.
-            "fsdp2": the same, and moments are cut along the first dim, as parameters are. Default None.
+            "fsdp2": the same, and moments are cut along the first dim, as parameters are; so are the temporaries of
+            first-order steps. Default None.
         device: type of the device that it will run on. On "cuda" torch's own optimizers work on all parameters at once
             (foreach), with temporaries of that size, unless ``foreach=False`` or ``fused=True``. Default "cuda".
         dtype: of parameters that are given as shapes. Default float32.
@@ -121,13 +122,14 @@ def estimate(
             raise TypeError(f"{kind.__name__} looks at layers: give the nn.Module, not shapes")
         keywords = {"model": module, **keywords}
     planned = _made(kind, groups, keywords)
-    tracker = _rehearse(planned, device)
+    engine, base = _rehearse(planned, device)
     kinds = state_bytes(planned)
     state = kinds.pop("total")
+    workspace = max(engine, state + (base - state) // (world_size if sharding == "fsdp2" else 1)) - state
     return Estimate(
         kinds={name: kinds[name] for name in KINDS},
         parameters=sum(p.numel() for p in _parameters(planned)),
-        workspace=tracker.peak - state,
+        workspace=workspace,
         ranks=_ranks(planned, world_size, sharding),
     )
 
@@ -231,8 +233,12 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _rehearse(optimizer: Optimizer, device: str) -> Tracker:
-    """Take three steps on the meta device: the first, one with statistics and roots, one without."""
+def _rehearse(optimizer: Optimizer, device: str) -> tuple[int, int]:
+    """Take three steps on the meta device: the first, one with statistics and roots, one without.
+
+    Returns:
+        The most bytes that are there at one time, state included: outside of first-order steps, and in them.
+    """
     parameters = _parameters(optimizer)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -244,8 +250,15 @@ def _rehearse(optimizer: Optimizer, device: str) -> Tracker:
                 group[key] = 2
         if "start_preconditioning_step" in group:
             group["start_preconditioning_step"] = 1
-    step = _step_of(optimizer)
     tracker = Tracker()
+    in_base = [0]
+
+    def watch(base_step: Callable[[], Any]) -> None:
+        before, tracker.peak = tracker.peak, tracker.live
+        base_step()
+        in_base[0], tracker.peak = max(in_base[0], tracker.peak), before
+
+    step = _step_of(optimizer, watch)
     tracker.leave_out([*parameters, *(p.grad for p in parameters)])
     try:
         for _ in range(3):
@@ -258,11 +271,15 @@ def _rehearse(optimizer: Optimizer, device: str) -> Tracker:
             f"{type(optimizer).__name__} cannot be estimated: its step does not run on the meta device ({error})"
         ) from error
     tracker.add(optimizer.state.values())
-    return tracker
+    return (tracker.peak, in_base[0]) if isinstance(optimizer, SecondOrder) else (0, tracker.peak)
 
 
-def _step_of(optimizer: Optimizer) -> Callable[[], Any]:
-    """The step of an optimizer, with what is known by its layout in the place of a step of its own."""
+def _step_of(optimizer: Optimizer, in_base: Callable[[Callable[[], Any]], None]) -> Callable[[], Any]:
+    """The step of an optimizer, with what is known by its layout in the place of a step of its own.
+
+    Args:
+        in_base: is given the step of the base, to take it.
+    """
     if not isinstance(optimizer, SecondOrder):
         layout = _layout_of(optimizer)
         if layout is None:
@@ -272,11 +289,12 @@ def _step_of(optimizer: Optimizer) -> Callable[[], Any]:
     assert optimizer.base is not None
     optimizer._watch = lambda troubles: None  # type: ignore[assignment]
     _shorten(optimizer.preconditioner)
-    layout = _layout_of(optimizer.base)
+    base_step, layout = optimizer._step_base, _layout_of(optimizer.base)
     if layout is not None:
         optimizer.init_state()
         _fill(optimizer, layout, prefix=BASE)
-        optimizer._step_base = lambda: None  # type: ignore[method-assign]
+        base_step = lambda: None  # noqa: E731
+    optimizer._step_base = lambda: in_base(base_step)  # type: ignore[method-assign]
     return optimizer.step
 
 

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowbit_optim
-from benchmarks.shapes import MODELS
 from lowbit_optim import Shampoo, param_groups
 from lowbit_optim.memory import estimate, state_bytes
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.peak import peak_bytes
+from lowbit_optim.shapes import MODELS
 from tests.contract import OPTIMIZERS, backward, each_optimizer, net, run, tensors, train
 
 SHAPES = {"matrix": (256, 192), "vector": (192,), "image": (32, 16, 3, 3)}
