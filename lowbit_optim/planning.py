@@ -107,7 +107,7 @@ def _hugging_face(spec: str, path: Path) -> nn.Module:
         names = ", ".join(MODELS)
         raise PlanError(
             f"{spec} is neither one of {names} nor module:function; to read it as a configuration of Hugging Face, "
-            "pip install transformers"
+            f"pip install transformers ({error})"
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(str(file if path.exists() else spec), local_files_only=True)
