@@ -104,7 +104,7 @@ def estimate(
         device: type of the device that it will run on. On "cuda" torch's own optimizers work on all parameters at once
             (foreach), with temporaries of that size, unless ``foreach=False`` or ``fused=True``. Default "cuda".
         dtype: of parameters that are given as shapes. Default float32.
-        **keywords: the optimizer's own: ``bits``, ``base``, ``base_bits``, ``workspace``, ``foreach`` ...
+        **keywords: the optimizer's own: ``bits``, ``base`` ("adamw8bit", too), ``base_bits``, ``workspace`` ...
 
     Raises:
         ValueError: an unknown optimizer or sharding, a world size below 1; a setting that the optimizer refuses.
@@ -116,8 +116,10 @@ def estimate(
     if not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}; it must be a positive integer")
     kind = _class_of(optimizer)
+    if keywords.get("base") == ADAMW_8BIT:
+        keywords["base"] = _AdamW8bit
     module, groups = _on_meta(model, dtype)
-    if kind is not None and issubclass(kind, KFAC):
+    if issubclass(kind, KFAC):
         if module is None:
             raise TypeError(f"{kind.__name__} looks at layers: give the nn.Module, not shapes")
         keywords = {"model": module, **keywords}
@@ -259,6 +261,7 @@ def _rehearse(optimizer: Optimizer, device: str) -> tuple[int, int]:
         in_base[0], tracker.peak = max(in_base[0], tracker.peak), before
 
     step = _step_of(optimizer, watch)
+    tracker.add(optimizer.state.values())  # what is known by its layout
     tracker.leave_out([*parameters, *(p.grad for p in parameters)])
     try:
         for _ in range(3):

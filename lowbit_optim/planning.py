@@ -22,10 +22,10 @@ BITS: tuple[float, ...] = (4, 2, 1)
 MOMENT_BITS = 4
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#777777", "#E69F00", "#000000", "#CC79A7"), strict=True))
-NOTE = (
-    "Total: parameters, gradients, state, and the workspace of the worst step. Activations, which depend on batch and "
-    "sequence, come on top, and so do buffers of solvers and of communication."
-)
+NOTE = """\
+Total: parameters, gradients, state, and the workspace of the worst step. Activations are not counted: they and the
+workspace are there at different times, so a backward pass has what parameters, gradients and state leave it.
+Buffers of solvers and of communication come on top."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -215,8 +215,12 @@ def table(plan: Plan, found: list[dict[str, Any]]) -> str:
     return "\n".join([title, "", *aligned([head, *body], left=1), "", NOTE])
 
 
-def figure(plan: Plan, found: list[dict[str, Any]], path: Path) -> None:
-    """Draw the rows as bars, state by kind, into a file (PNG, SVG, PDF).
+def draw(panels: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw bars into a file (PNG, SVG, PDF): bytes of state per parameter by kind.
+
+    Args:
+        panels: for each title rows with "optimizer", "numbers", "kinds" and "bytes_per_parameter".
+        path: of the file; its folder is made.
 
     Raises:
         PlanError: matplotlib is not installed.
@@ -224,27 +228,30 @@ def figure(plan: Plan, found: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise PlanError('--figure needs matplotlib: pip install "lowbit-optim[demo]"') from error
+        raise PlanError('a figure needs matplotlib: pip install "lowbit-optim[demo]"') from error
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    numbers = max(1, found[0]["numbers"])
-    labels = [row["optimizer"] for row in found]
-    drawing, ax = plt.subplots(figsize=(9, 1 + 0.45 * len(found)), dpi=130)
-    left = [0.0] * len(found)
-    for kind in KINDS:
-        sizes = [row["kinds"][kind] / numbers for row in found]
-        if max(sizes) > 0.005:
+    heights = [1 + 0.4 * len(found) for found in panels.values()]
+    drawing, axes = plt.subplots(
+        len(panels), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, dpi=130, sharex=True
+    )
+    used = [k for k in KINDS if any(row["kinds"][k] > 0.005 * row["numbers"] for f in panels.values() for row in f)]
+    for ax, (title, found) in zip(axes.flat, panels.items(), strict=True):
+        labels = [row["optimizer"] for row in found]
+        left = [0.0] * len(found)
+        for kind in used:
+            sizes = [row["kinds"][kind] / max(1, row["numbers"]) for row in found]
             ax.barh(labels, sizes, left=left, color=COLORS[kind], label=kind)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for y, (end, row) in enumerate(zip(left, found, strict=True)):
-        ax.annotate(f" {row['bytes_per_parameter']:.2f}", (end, y), va="center", fontsize=8.5)
-    ax.invert_yaxis()
-    ax.margins(x=0.1)
-    ax.set_xlabel("bytes of optimizer state per parameter")
-    ax.set_title(plan.spec, loc="left", fontsize=11)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8.5)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        for y, (end, row) in enumerate(zip(left, found, strict=True)):
+            ax.annotate(f" {row['bytes_per_parameter']:.2f}", (end, y), va="center", fontsize=8.5)
+        ax.invert_yaxis()
+        ax.margins(x=0.1)
+        ax.set_title(title, loc="left", fontsize=11)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False, fontsize=8.5)
+    axes.flat[-1].set_xlabel("bytes of optimizer state per parameter")
     drawing.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path)
@@ -256,7 +263,7 @@ def run(plan: Plan, figure_path: Path | None = None, json_path: Path | None = No
     found = rows(plan)
     print(table(plan, found))
     if figure_path is not None:
-        figure(plan, found, figure_path)
+        draw({plan.spec: found}, figure_path)
         print(f"figure: {figure_path}")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -241,6 +241,8 @@ def test_moments_of_few_bits():
     """By the layout that their class says."""
     planned = estimate(SHAPES, base=LowBits, min_quant_size=4096)
     assert planned.kinds["moments"] == 256 * 96 + 4 * 192 + 32 * 144 // 2
+    temporaries = estimate(SHAPES, base="sgd", min_quant_size=4096).workspace
+    assert planned.workspace == pytest.approx(temporaries, rel=1e-3)
     optimizer = LowBits([nn.Parameter(torch.zeros(shape)) for shape in ((64, 128), (64,), (5, 6))])
     optimizer.param_groups[0] |= {"bits": 4, "min_quant_size": 4096}
     text = report(optimizer)

@@ -12,6 +12,9 @@ from lowbit_optim.preconditioners.kronecker import SIDES
 
 KINDS = ("statistics", "roots", "bases", "moments", "scales", "counters", "other")
 
+_COUNTERS = {"step", "nonfinite", "updates", "failures", "turns"}
+_SCALES = {"scales", "scale_maxima", "ridge", "previous_norm", "absmax1", "absmax2", "qmap1", "qmap2"}
+_OF_OTHERS = {"GG": "statistics", "Q": "bases"}  # SOAP, as its authors and others call them
 # By the first part of a name in a factor's state. What "root" and "logarithm" keep is the statistic as well.
 _OF_A_FACTOR = {
     "statistic": "statistics",
@@ -23,8 +26,6 @@ _OF_A_FACTOR = {
     "logarithm": "roots",
     "basis": "bases",
 }
-_COUNTERS = {"step", "nonfinite", "updates", "failures", "turns"}
-_SCALES = {"scales", "scale_maxima", "ridge", "previous_norm", "absmax1", "absmax2", "qmap1", "qmap2"}
 
 
 def kind_of(key: str, value: Tensor, parameter: Tensor) -> str:
@@ -37,6 +38,8 @@ def kind_of(key: str, value: Tensor, parameter: Tensor) -> str:
         return "scales"
     if first in SIDES:
         return _OF_A_FACTOR.get(rest[0], "other")
+    if first in _OF_OTHERS:
+        return _OF_OTHERS[first]
     if first == "moment" or last == "codes" or value.shape == parameter.shape:
         return "moments"
     return "other"
@@ -44,15 +47,24 @@ def kind_of(key: str, value: Tensor, parameter: Tensor) -> str:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The plain tensors of a state's value: of lists and dicts, and those that a tensor subclass is made of."""
-    if isinstance(value, Tensor):
-        if is_traceable_wrapper_subclass(value):
-            for name in value.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(value, name))
+    for _, tensor in _named("", value):
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(tensor, name))
         else:
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
+            yield tensor
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state's value with their names: in a dict its keys, in a list that of the list."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _named(str(key), part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _named(name, part)
 
 
 def bytes_of_each(optimizer: Optimizer) -> dict[Tensor, dict[str, int]]:
@@ -62,12 +74,11 @@ def bytes_of_each(optimizer: Optimizer) -> dict[Tensor, dict[str, int]]:
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         own = found[parameter] = dict.fromkeys(KINDS, 0)
         for key, value in optimizer.state.get(parameter, {}).items():
-            for tensor in tensors_in(value):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in seen:
-                    seen.add(storage._cdata)
-                    whole = value if isinstance(value, Tensor) else tensor
-                    own[kind_of(key, whole, parameter)] += storage.nbytes()
+            for name, whole in _named(str(key), value):
+                for storage in (tensor.untyped_storage() for tensor in tensors_in(whole)):
+                    if storage._cdata not in seen:
+                        seen.add(storage._cdata)
+                        own[kind_of(name, whole, parameter)] += storage.nbytes()
     return found
 
 
