@@ -167,11 +167,10 @@ def on_paper() -> list[dict[str, Any]]:
         ADAMW_8BIT: ("adamw8bit", {}),
         SHAMPOO_32BIT: ("shampoo", {"base": "adamw8bit", "bits": 32, **order}),
         SHAMPOO_4BIT: ("shampoo", {"base": "adamw8bit", **presets.WANG2024, **order}),
-        **{
-            f"ours, {b} bits{MOMENTS or ' + AdamW, 8 bits'}": ("shampoo", {"bits": b, **few, **order})
-            for b in (4, 2, 1)
-        },
     }
+    for bits in (4, 2, 1):
+        label = f"ours, {bits} bit{'s' * (bits > 1)}{MOMENTS or ' + AdamW, 8 bits'}"
+        wanted[label] = ("shampoo", {"bits": bits, **few, **order})
     found: list[dict[str, Any]] = []
     rest = 0
     for label, (name, keywords) in wanted.items():

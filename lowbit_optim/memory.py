@@ -90,6 +90,8 @@ def estimate(
     The optimizer is made for parameters on the meta device and takes a few steps there: one that makes its state, and
     ones with statistics and roots and without. So the state is that of the real optimizer to the last byte. The
     workspace is what its operators return; what an operator allocates inside itself (a solver's buffers) is not seen.
+    Steps of optimizers, or bases, whose ``layout(parameter, group)`` says what their state is are fused: they are not
+    taken, and have no temporaries.
 
     Args:
         model: an ``nn.Module`` on any device, whose trainable parameters count (K-FAC, AdaBK and EKFAC want it);
