@@ -5,6 +5,7 @@ from importlib.metadata import version
 from lowbit_optim import presets
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.groups import param_groups
+from lowbit_optim.memory import Estimate, estimate, state_bytes
 from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.adagrad import Adagrad
 from lowbit_optim.optimizers.adamw import AdamW
@@ -27,10 +28,13 @@ __all__ = [
     "Adagrad",
     "AdamW",
     "CheckpointError",
+    "Estimate",
     "Quantization",
     "Shampoo",
+    "estimate",
     "load_checkpoint",
     "param_groups",
     "presets",
     "save_checkpoint",
+    "state_bytes",
 ]

@@ -4,10 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lowbit_optim import __version__
 from lowbit_optim.demo.worker import INTERRUPTED, RUNS, DemoError, Settings
 from lowbit_optim.demo.worker import main as run_worker
+from lowbit_optim.memory import OPTIMIZERS, SHARDINGS
+from lowbit_optim.planning import DTYPES, Plan, PlanError
+from lowbit_optim.planning import run as run_plan
+from lowbit_optim.shapes import MODELS
 from lowbit_optim.storage.budget import BITS, STORAGES
 
 DEMO_OUT = Path("lowbit-optim-demo")
@@ -19,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except DemoError as error:
+    except (DemoError, PlanError) as error:
         print(f"lowbit-optim: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -49,11 +54,46 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help=f"for everything written (default: {DEMO_OUT})")
     demo.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted demo: its --out, alone")
 
+    _add_estimate(commands)
+
     worker = commands.add_parser("demo-run")  # one training run of the demo; without help it is not listed
     worker.set_defaults(command=lambda args: run_worker(args.out, args.run))
     worker.add_argument("out", type=Path)
     worker.add_argument("run", choices=RUNS)
     return parser
+
+
+def _add_estimate(commands: Any) -> None:
+    plan = commands.add_parser(
+        "estimate",
+        help="what a model's training will take with one optimizer and another, without allocating anything",
+        description="Print the bytes of parameters, gradients, optimizer state and the worst step's workspace of a "
+        "model, with AdamW of 32 and 8 bits, with 32-bit Shampoo and with a low-bit optimizer.",
+        argument_default=argparse.SUPPRESS,
+    )
+    plan.set_defaults(command=_estimate)
+    plan.add_argument(
+        "spec",
+        metavar="SPEC",
+        help=f"{', '.join(MODELS)}; module:function, which returns a module, shapes, or names and shapes; or a folder "
+        "or JSON file with a configuration of Hugging Face, or the name of one in its cache (needs transformers)",
+    )
+    default = Plan("")
+    plan.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: {default.optimizer})")
+    plan.add_argument("--bits", type=float, help="of the optimizer (default: a row for each of 4, 2 and 1)")
+    plan.add_argument("--base-bits", type=int, help=f"of its moments: 32, 8 or 4 (default: {default.base_bits})")
+    plan.add_argument("--dtype", help=f"of parameters and gradients: {', '.join(DTYPES)} (default: {default.dtype})")
+    plan.add_argument("--world-size", type=int, help="processes (default: 1)")
+    plan.add_argument("--sharding", help=f"a plan: {', '.join(SHARDINGS)} (default: every process has everything)")
+    plan.add_argument("--budget", help="of each process: 80GB (10^9), 80GiB (2^30) ...; says what fits")
+    plan.add_argument("--figure", type=Path, metavar="FILE", help="to draw the rows into (needs matplotlib)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="to write the numbers to")
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(args).items() if name != "command"}
+    figure, numbers = given.pop("figure", None), given.pop("json", None)
+    return run_plan(Plan(**given), figure, numbers)
 
 
 def _demo(args: argparse.Namespace) -> int:

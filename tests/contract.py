@@ -21,7 +21,7 @@ def of_parameters(optimizer, **settings):
         own = model.parameters() if isinstance(model, nn.Module) else model
         return optimizer(own if params is None else params, **{**settings, **more})
 
-    make.optimizer = optimizer
+    make.optimizer, make.settings = optimizer, settings
     return make
 
 
@@ -32,7 +32,7 @@ def of_a_model(optimizer, **settings):
         own = model.parameters() if params is None else params
         return optimizer(own, model=model, **{**settings, **more})
 
-    make.optimizer = optimizer
+    make.optimizer, make.settings = optimizer, settings
     return make
 
 

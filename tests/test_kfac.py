@@ -538,7 +538,7 @@ def test_the_report():
     model = Mixed()
     left_out = {model.frozen.weight, model.frozen.bias}
     optimizer = KFAC([p for p in model.parameters() if p not in left_out], model=model)
-    report = optimizer.report()
+    report = optimizer.treatments()
     assert report.keys() == {name for name, _ in model.named_parameters()} | {"tied.weight"}
     assert report["head.weight"] == "KFAC: 3 x 9, root, uncoded"
     assert report["conv.weight"] == "KFAC: 4 blocks of 2 x 7, root, uncoded"
@@ -663,7 +663,7 @@ def test_an_empty_layer_is_left_alone():
     optimizer = KFAC(model.parameters(), model=model, statistics_frequency=1)
     model(random(8, 6)).sum().backward()
     optimizer.step()
-    assert optimizer.report()["0.weight"] == "its weight is empty"
+    assert optimizer.treatments()["0.weight"] == "its weight is empty"
 
 
 @pytest.mark.parametrize("made", [KFAC, AdaBK])

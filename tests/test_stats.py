@@ -1,4 +1,4 @@
-"""What an optimizer says of each parameter: ``stats()``, and ``report()`` in the same words."""
+"""What an optimizer says of each parameter: ``stats()``, and ``treatments()`` in the same words."""
 
 import copy
 import json
@@ -191,7 +191,7 @@ def test_after_loading_and_without_preconditioning():
 def test_the_words_of_the_report(made):
     model = net()
     optimizer = made(model.named_parameters(), model=model, min_quant_size=0)
-    report, stats = optimizer.report(), optimizer.stats()
+    report, stats = optimizer.treatments(), optimizer.stats()
     name = made.__name__
     assert report["head.weight"] == stats["head.weight"]["treatment"] == f"{name}: 5 x 37, root, 2 bits"
     assert report["head.bias"] == stats["head.bias"]["treatment"] == "a column of the weight"
@@ -199,13 +199,13 @@ def test_the_words_of_the_report(made):
     assert stats["norm.weight"]["treatment"] == "base"
     backward(model, 0)
     optimizer.step()
-    assert optimizer.report() == report
+    assert optimizer.treatments() == report
 
 
 def test_a_bias_that_is_no_column_gets_the_base():
     model = net()
     groups = [{"params": [model.head.weight]}, {"params": [model.head.bias], "precondition": False}]
     groups += [{"params": [model.conv.bias]}, {"params": [model.conv.weight], "precondition": False}]
-    report = KFAC(groups, model=model).report()
+    report = KFAC(groups, model=model).treatments()
     assert report["head.weight"] == "KFAC: 5 x 36, root, uncoded"
     assert {report[key] for key in ("head.bias", "conv.weight", "conv.bias")} == {"base"}

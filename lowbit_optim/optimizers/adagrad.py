@@ -57,9 +57,9 @@ class Adagrad(FirstOrder, torch.optim.Adagrad):
         self._construct(params, locals())
         self.state.clear()  # torch makes sums now, in the parameters' dtype, and those that are not there when it steps
 
-    def _created(self, parameter: Tensor, group: Group) -> dict[str, Any]:
+    def create(self, parameter: Tensor, group: Group) -> dict[str, Any]:
         new = not self.state[parameter]
-        own = super()._created(parameter, group)
+        own = super().create(parameter, group)
         if new and group["initial_accumulator_value"]:
             start = torch.full_like(parameter, group["initial_accumulator_value"], dtype=torch.float32)
             moment_form(parameter, group, "unsigned").write("sum", own, start.contiguous(), 0)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
+from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.state import LISTED_TWICE, check_groups, home, opened, sealed, to_device, unhooked, where
 from lowbit_optim.optimizers.watch import Watch
 from lowbit_optim.storage.blockwise import rows_of
@@ -85,10 +86,10 @@ class FirstOrder(Optimizer):
         """The moments that a group has."""
         return self.moments
 
-    def layout(self, parameter: Tensor, group: Mapping[str, Any]) -> Layout | None:
-        """Shape and dtype of every tensor in the state of a parameter; None if it takes torch's step."""
+    def layout(self, parameter: Tensor, group: Mapping[str, Any]) -> Layout:
+        """Shape and dtype of every tensor in a parameter's state; of its moments only, if it takes torch's step."""
         if not self.takes(parameter, group):
-            return None
+            return dict.fromkeys(self.kept(group), (parameter.shape, parameter.dtype))
         layout: Layout = {"step": (torch.Size(), torch.float32), "nonfinite": (torch.Size(), torch.int64)}
         for name, kind in self.kept(group).items():
             layout |= moment_form(parameter, group, kind).layout(name, parameter.shape)
@@ -103,12 +104,11 @@ class FirstOrder(Optimizer):
                 codecs[index] = coded
         return codecs
 
-    def _created(self, parameter: Tensor, group: Group) -> dict[str, Any]:
+    def create(self, parameter: Tensor, group: Group) -> dict[str, Any]:
         """The state of a parameter that takes a step of ours, made now if there is none."""
         own = self.state[parameter]
         if not own:
             layout = self.layout(parameter, group)
-            assert layout is not None
             for key, (shape, dtype) in layout.items():
                 own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
         elif own["nonfinite"].device != parameter.device:  # the model was moved
@@ -117,10 +117,10 @@ class FirstOrder(Optimizer):
 
     def check_state(self, index: int, parameter: Tensor, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Raise ValueError if what is there of a parameter's state is not what its group's settings ask for."""
-        layout = self.layout(parameter, group)
         if not own:
             return
-        if layout is None:
+        layout = self.layout(parameter, group)
+        if not self.takes(parameter, group):
             if wrong := [key for key in own if key.endswith((".codes", ".scales"))]:
                 raise ValueError(
                     f"{where(index, parameter)} has the state {', '.join(wrong)}, but the settings of its group "
@@ -185,7 +185,7 @@ class FirstOrder(Optimizer):
         self._watch(total.unsqueeze(0))
 
     def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
-        own = self._created(parameter, group)
+        own = self.create(parameter, group)
         own["step"] += 1
         count = int(own["step"])
         shape = rows_of(parameter.shape)
@@ -235,6 +235,13 @@ class FirstOrder(Optimizer):
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """A table of every parameter's shape, how its moments are kept and their bytes, and the bytes by kind.
+
+        Parameters that keep moments of 32 bits where fewer are asked for have the reason beside them.
+        """
+        return report(self)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""

@@ -183,7 +183,7 @@ class KFAC(SecondOrder):
         \tilde G = \hat G \, \|G\|_F / \|\hat G\|_F
 
     G being the gradient of the weight with that of the bias as its last column. g is the gradient of the loss that is
-    trained on: the empirical Fisher matrix. Everything else is left to the base optimizer; ``report()`` says what.
+    trained on: the empirical Fisher matrix. Everything else is left to the base optimizer; ``treatments()`` says what.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
@@ -315,17 +315,17 @@ class KFAC(SecondOrder):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_model": _none, "_scales_loss": self._scales_loss}
 
-    def report(self) -> dict[str, str]:
+    def treatments(self) -> dict[str, str]:
         """How each parameter of the model is treated, by its name there."""
         self._prepare()
         treated = self._treatments()
-        report = dict(self.preconditioner.others)
+        treatments = dict(self.preconditioner.others)
         for layer in self.preconditioner.layers:
             for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
                 if parameter is not None:
                     where = f"{layer.name}.{name}" if layer.name else name
-                    report[where] = treated.get(parameter, "no parameter of this optimizer")
-        return report
+                    treatments[where] = treated.get(parameter, "no parameter of this optimizer")
+        return treatments
 
     def _treatments(self) -> dict[Tensor, str]:
         if not self.preconditioner.layers:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.first_order import FirstOrder
+from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.settings import (
     KEPT_AS,
     STORED,
@@ -183,6 +184,11 @@ class SecondOrder(Optimizer):
             found[names[index] if named else index] = {"treatment": treated[parameter], **numbers}
         to_host(list(found.values()))
         return found
+
+    def report(self) -> str:
+        """A plain-text table of every parameter's treatment and of the bytes of its state, and totals by kind."""
+        self._prepare()
+        return report(self, self._treatments())
 
     def _treatments(self) -> dict[Tensor, str]:
         """In words how each parameter is treated."""

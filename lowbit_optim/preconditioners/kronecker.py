@@ -9,7 +9,7 @@ unit's state is that of its first parameter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -282,8 +282,16 @@ class KroneckerPreconditioner(ABC):
             alone = [p for group in groups for p in group["params"] if p.grad is not None and p not in joined]
             troubles = [_guard(parameter.grad, state[parameter]) for parameter in alone]
             for bucket in buckets:
-                troubles += [self._step_part(part) for part in _parts(bucket)]
+                troubles += [self._step_part(part) for part in self.parts(bucket)]
         return torch.stack([t.to(troubles[0].device) for t in troubles]).sum(0) if troubles else None
+
+    def parts(self, bucket: Bucket) -> Iterable[Bucket]:
+        """Whole units whose gradients fit in the workspace together, one part after the other."""
+        return _parts(bucket)
+
+    def slices(self, part: Bucket, blocks: Tensor) -> Iterable[tuple[int, int]]:
+        """Runs of the blocks [k, r, c] of a part whose matrices fit in the workspace: (first, last + 1)."""
+        return _slices(part, blocks)
 
     def _buckets(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
         """Count the step and sort this step's parameters. Rebuilt every time: parameters and settings may change."""
@@ -327,7 +335,7 @@ class KroneckerPreconditioner(ABC):
         result = torch.empty_like(gradient) if part.due.precondition else None
         exponents = torch.zeros_like(magnitude, dtype=torch.int32)
         stack = Stack(part.states, part.counts)
-        for start, stop in _slices(part, gradient):
+        for start, stop in self.slices(part, gradient):
             own = gradient[start:stop]
             if part.due.update or part.due.refresh:
                 troubles[1] += self._update(part, stack, start, stop, own, magnitude[start:stop])
