@@ -92,7 +92,7 @@ def _signed(codes, BITS: tl.constexpr):
 @triton.jit
 def _decode(data, scales, rows, n, half, SIGNED: tl.constexpr, BITS: tl.constexpr):
     """The numbers of a moment, float32 [TILE, BLOCK]; anything outside. A row of 4-bit codes takes ``half`` bytes."""
-    F: tl.constexpr = 0 if BITS == 4 else 3  # bits of fraction of unsigned codes
+    F: tl.constexpr = 1 if BITS == 4 else 4  # bits of fraction of unsigned codes
     if BITS == 32:
         x = _load(data, rows, n)
     else:
@@ -161,7 +161,7 @@ def _keep(data, scales, x, rows, n, half, feedback, BITS: tl.constexpr):
 @triton.jit
 def _encode(data, scales, x, key, rows, n, half, BITS: tl.constexpr):
     """Put an unsigned moment's new numbers, float32 [TILE, BLOCK], into it."""
-    F: tl.constexpr = 0 if BITS == 4 else 3
+    F: tl.constexpr = 1 if BITS == 4 else 4
     place, inside = _places(rows, n, BLOCK)
     if BITS == 32:
         tl.store(data + place, x, inside)

@@ -215,7 +215,7 @@ def test_bits_of_each_group():
     assert [None if c is None else c.shape for c in codes] == [None, (48, 200), (48, 100)]
     described = optimizer.state_codecs()
     assert described.keys() == {1, 2}
-    assert described[2]["exp_avg_sq"] == {"codebook": "e4m0", "bits": 4, "block_size": 128}
+    assert described[2]["exp_avg_sq"] == {"codebook": "e3m1", "bits": 4, "block_size": 128}
 
 
 @each_rule

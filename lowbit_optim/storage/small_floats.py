@@ -14,7 +14,7 @@ from lowbit_optim.storage.blockwise import MIN_ROW, Parts, rows_of
 MOMENT_BITS = (32, 8, 4)
 
 # With the bits of exponent and fraction of a float; at 4 bits a signed one has its own spacing.
-_CODEBOOKS = {("signed", 4): "signed-4", ("signed", 8): "e3m4", ("unsigned", 4): "e4m0", ("unsigned", 8): "e5m3"}
+_CODEBOOKS = {("signed", 4): "signed-4", ("signed", 8): "e3m4", ("unsigned", 4): "e3m1", ("unsigned", 8): "e4m4"}
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 
 
