@@ -1,12 +1,15 @@
 """AdamW, SGD and Adagrad: torch's own at 32 bits; with codes, their moments in the mean, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from lowbit_optim import KFAC, SGD, SOAP, Adagrad, AdamW, Shampoo
+from lowbit_optim import KFAC, SGD, SOAP, Adagrad, AdamW, Shampoo, load_checkpoint, save_checkpoint
+from lowbit_optim.optimizers.first_order import moment_form
 from tests.contract import backward, copies, follow, net, random, same, same_models, train
 
 SHAPE = (48, 200)  # a block of 128 numbers and a short one in every row, and more than 4096 numbers
@@ -414,3 +417,36 @@ def test_a_low_bit_class_as_base():
     assert "base.exp_avg.codes" in optimizer.state[one]
     other = copy.deepcopy(optimizer)
     assert same(other.state_dict(), optimizer.state_dict())
+
+
+@each_bits
+@pytest.mark.parametrize("make", [lambda p, b: AdamW(p, bits=b), lambda p, b: Shampoo(p, base_bits=b)])
+def test_a_checkpoint_says_how_its_codes_are_read(tmp_path, make, bits):
+    """A reader who has only the file finds the moments: table[code] * scale; and loading it goes on exactly."""
+    model = nn.Linear(200, 48)
+    optimizer = make(model.parameters(), bits)
+    for step in range(3):
+        model(random(8, 200, seed=step)).square().mean().backward()
+        optimizer.step()
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer)
+    (file,) = tmp_path.glob("optimizer-*.safetensors")
+    prefix = "weight/" if isinstance(optimizer, AdamW) else "weight/base."
+    with safe_open(file, "pt") as saved:
+        codecs, tables = (json.loads(saved.metadata()[name]) for name in ("codecs", "codebooks"))
+        found = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            codec = codecs[f"{prefix}{name}"]
+            table = torch.tensor(tables[codec["codebook"]][str(bits)])
+            codes, scales = (saved.get_tensor(f"{prefix}{name}.{part}") for part in ("codes", "scales"))
+            if bits == 4:
+                codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+            found[name] = table[codes.int()] * scales.repeat_interleave(codec["block_size"], 1)[:, :200]
+    own = optimizer.state[model.weight]
+    for name, kind in AdamW.moments.items():
+        form = moment_form(model.weight, optimizer.param_groups[0], kind)
+        read = form.read(name if isinstance(optimizer, AdamW) else f"base.{name}", own, model.weight.shape)
+        assert torch.equal(found[name], read)
+    other = copy.deepcopy(model)
+    resumed = make(other.parameters(), bits)
+    load_checkpoint(tmp_path, model=other, optimizer=resumed)
+    assert same(resumed.state_dict(), optimizer.state_dict())
