@@ -245,7 +245,7 @@ def adamw_step(
         decay: 1 - lr weight_decay.
         step_size: lr / (1 - beta1^t).
         root_correction: (1 - beta2^t)^(-1/2).
-        feedback: beta1 / (1 - beta1).
+        feedback: beta1 (1 - beta1^t) / (1 - beta1).
         stochastic: round bfloat16 parameters at random.
 
     Returns:

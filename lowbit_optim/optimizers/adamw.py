@@ -19,8 +19,8 @@ class AdamW(FirstOrder, torch.optim.AdamW):
     At ``bits`` 8 or 4 both moments are codes of that size, one float32 scale for every 128 numbers of a row of the
     (first dim, rest) view: 2.06 or 1.06 bytes a parameter in the place of 8. An average that moves by less than half a
     code in a step would stay where it is for ever if it were rounded to the nearest code and no more. What rounding
-    takes from m therefore goes into the step at once, :math:`\beta_1 / (1 - \beta_1)` times, as it would have in all
-    later ones; and v is rounded up or down at random, such that the mean is right. v has no code for zero, which would
+    takes from m therefore goes into the step at once, with the weight :math:`\eta \beta_1 / (1 - \beta_1)` that it
+    would have had in all later ones together; and v is rounded up or down at random, such that the mean is right. v has no code for zero, which would
     divide by epsilon.
 
     At ``bits=32``, for float64 parameters, and for parameters with fewer than ``min_quant_size`` numbers or rows under
@@ -87,5 +87,6 @@ class AdamW(FirstOrder, torch.optim.AdamW):
             "step_size": lr / (1 - beta1**count),
             "root_correction": (1 - beta2**count) ** -0.5,
             "eps": group["eps"],
-            "feedback": beta1 / (1 - beta1),
+            # Later steps, in which what is fed back is lacking, are not corrected for the bias as this one is.
+            "feedback": beta1 * (1 - beta1**count) / (1 - beta1),
         }
