@@ -1,5 +1,4 @@
-"""The codec's and the first-order steps' arithmetic. Everything above calls these names; which backend runs is decided
-here and nowhere else."""
+"""The codec's and the first-order steps' arithmetic. Which backend runs is decided here and nowhere else."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lowbit_optim.kernels import first_order
 from lowbit_optim.kernels.first_order import Step
@@ -26,6 +26,10 @@ def take_steps(steps: Sequence[Step]) -> list[Tensor]:
     bad: dict[int, Tensor] = {}
     for take, batch in batches.items():
         bad.update(zip(batch, take([steps[i] for i in batch]), strict=True))
+    # What backends write torch has not seen.
+    increment_version(
+        [x for s in steps for x in (s.parameter, *(t for m in s.moments for t in m[1:])) if x is not None]
+    )
     return [bad[i] for i in range(len(steps))]
 
 

@@ -24,7 +24,6 @@ from numpy import uint8 as u8
 from numpy import uint32 as u32
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lowbit_optim.kernels.first_order import BLOCK, FRACTION, LINES, Moment, Step, largest
 
@@ -384,7 +383,6 @@ def take(steps: Sequence[Step]) -> list[Tensor]:
     """``first_order.take`` for parameters on the CPU in float32, bfloat16 or float16."""
     jobs: list[tuple[int, Callable[..., int], int, int]] = []
     rounded: list[tuple[Tensor, Tensor]] = []
-    written: list[Tensor] = []
     for number, step in enumerate(steps):
         parameter = step.parameter.detach()
         if parameter.dtype == torch.float16:  # its own rounding is torch's
@@ -395,11 +393,9 @@ def take(steps: Sequence[Step]) -> list[Tensor]:
         kernel = partial(KERNELS[step.rule], *operands, tuple(step.keys), _settings(step), n)
         blocks = rows * -(-n // BLOCK)
         jobs += [(number, kernel, first, min(first + CHUNK, blocks)) for first in range(0, blocks, CHUNK)]
-        written += [x for x in (step.parameter, *step.moments[0][1:], *step.moments[-1][1:]) if x is not None]
     bad = _run(jobs)
     for parameter, x in rounded:
         parameter.copy_(x)
-    increment_version(written)  # torch has not seen these writes
     return [torch.tensor(bad[number]) for number in range(len(steps))]
 
 
@@ -445,7 +441,8 @@ def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "lowbit_optim")
 
 
-os.register_at_fork(after_in_child=_executor.cache_clear)  # the child has none of the threads
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_executor.cache_clear)  # the child has none of the threads
 
 
 def _run(jobs: Sequence[tuple[int, Callable[..., int], int, int]]) -> Counter[int]:
@@ -457,11 +454,12 @@ def _run(jobs: Sequence[tuple[int, Callable[..., int], int, int]]) -> Counter[in
     left = deque(jobs)
     helpers = min(torch.get_num_threads(), len(jobs)) - 1
     futures = [_executor().submit(_work, left) for _ in range(helpers)]
-    total = _work(left)
-    for future in futures:
-        if not future.cancel():  # one that has not begun would find no job left
-            total += future.result()
-    return total
+    try:
+        total = _work(left)
+    finally:  # nobody writes when this returns, whatever happened
+        left.clear()
+        others = [future.result() for future in futures if not future.cancel()]
+    return sum(others, total)
 
 
 def _work(left: deque[tuple[int, Callable[..., int], int, int]]) -> Counter[int]:

@@ -102,7 +102,7 @@ def estimate(
             block's preconditioner lives on one rank, such that all have about the same work; moments are everywhere.
             "fsdp2": the same, and moments are cut along the first dim, as parameters are; so are the temporaries of
             first-order steps. Default None.
-        device: type of the device that it will run on. On "cuda" torch's own optimizers work on all parameters at once
+        device: that it will run on, or its type. On "cuda" torch's own optimizers work on all parameters at once
             (foreach), with temporaries of that size, unless ``foreach=False`` or ``fused=True``. Default "cuda".
         dtype: of parameters that are given as shapes. Default float32.
         **keywords: the optimizer's own: ``bits``, ``base`` ("adamw8bit", too), ``base_bits``, ``workspace`` ...
@@ -116,6 +116,7 @@ def estimate(
         raise ValueError(f"sharding is {sharding!r}; it must be None, {' or '.join(map(repr, SHARDINGS))}")
     if not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"world_size is {world_size!r}; it must be a positive integer")
+    device = torch.device(device).type
     kind = _class_of(optimizer)
     if keywords.get("base") == ADAMW_8BIT:
         keywords["base"] = _AdamW8bit

@@ -18,7 +18,7 @@ from lowbit_optim.shapes import MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS: tuple[float, ...] = (4, 2, 1)
-MOMENT_BITS = 4
+DEFAULT_BASE_BITS = 4
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#777777", "#E69F00", "#000000", "#CC79A7"), strict=True))
 NOTE = """\
@@ -49,7 +49,7 @@ class Plan:
     spec: str
     optimizer: str = "shampoo"
     bits: float | None = None
-    base_bits: int = MOMENT_BITS
+    base_bits: int = DEFAULT_BASE_BITS
     dtype: str = "float32"
     world_size: int = 1
     sharding: str | None = None
@@ -88,7 +88,10 @@ def _call(spec: str) -> Any:
     finally:
         del sys.path[0]
     with torch.device("meta"):
-        return found()
+        try:
+            return found()
+        except Exception as error:
+            raise PlanError(f"{spec} raised {type(error).__name__}: {error}") from error
 
 
 def _hugging_face(spec: str, path: Path) -> nn.Module:
@@ -161,6 +164,8 @@ def _asked(plan: Plan) -> list[tuple[str, str | type[Optimizer], dict[str, Any]]
         several = (8, 4)
     elif name not in LOW_BIT_BASES and name not in SECOND_ORDER:
         return [(name, name, {})]
+    if name in LOW_BIT_BASES:
+        several = tuple(int(bits) if bits == int(bits) else bits for bits in several)
     few: dict[str, Any] = {"base_bits": plan.base_bits} if name in SECOND_ORDER else {}
     moments = f", moments {plan.base_bits}" if few else ""
     return [(f"{name}, {_plural(bits)}{moments}", name, {"bits": bits, **few}) for bits in several]

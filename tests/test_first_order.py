@@ -214,7 +214,8 @@ def test_bits_of_each_group():
         for group in optimizer.param_groups:
             group["params"][0].grad = random(*SHAPE, seed=step)
         optimizer.step()
-    codes = [own.get("exp_avg.codes") for own in optimizer.state_dict()["state"].values()]
+    state = optimizer.state_dict()["state"]
+    codes = [state[index].get("exp_avg.codes") for index in range(3)]
     assert [None if c is None else c.shape for c in codes] == [None, (48, 200), (48, 100)]
     described = optimizer.state_codecs()
     assert described.keys() == {1, 2}
@@ -450,3 +451,116 @@ def test_a_checkpoint_says_how_its_codes_are_read(tmp_path, make, bits):
     resumed = make(other.parameters(), bits)
     load_checkpoint(tmp_path, model=other, optimizer=resumed)
     assert same(resumed.state_dict(), optimizer.state_dict())
+
+
+# --------------------------------------------------------------------------------------- what a review found
+
+
+@each_bits
+@pytest.mark.parametrize("beta", [0.9, 0.99, 0.999])
+def test_first_steps_are_no_longer_than_adams(bits, beta):
+    """What is fed back is weighed as later steps are, which have less correction for the bias."""
+    one = parameter()
+    start = one.detach().clone()
+    optimizer = AdamW([one], bits=bits, lr=1.0, betas=(beta, 0.999), weight_decay=0.0)
+    step_with(optimizer, one, range(1))
+    assert (one.detach() - start).square().mean().sqrt() < 1.25
+
+
+def test_torchs_state_of_another_dtype_is_cast_where_torch_steps():
+    bias = [nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    reference = torch.optim.AdamW(bias[:1])
+    step_with(reference, bias[0], range(2))
+    optimizer = AdamW(bias[1:], bits=4)
+    optimizer.load_state_dict(reference.state_dict())
+    assert optimizer.state[bias[1]]["exp_avg"].dtype == torch.float32
+    step_with(optimizer, bias[1], range(2, 3))
+
+
+@pytest.mark.parametrize(("change", "said"), [({"exp_avg": torch.zeros(5)}, r"\[5\]"), ({"exp_avg_sq": None}, "lacks")])
+def test_moments_that_torch_would_step_with_are_checked(change, said):
+    one = nn.Parameter(torch.ones(6))
+    optimizer = AdamW([one], bits=4)
+    step_with(optimizer, one, range(1))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][0] = {k: v for k, v in {**state_dict["state"][0], **change}.items() if v is not None}
+    before = copies(optimizer)
+    with pytest.raises(ValueError, match=said):
+        optimizer.load_state_dict(state_dict)
+    assert same(copies(optimizer), before)
+
+
+@pytest.mark.parametrize("momenta", [(0.0, 0.9, 0.5), (0.9, 0.0, 0.9)])
+def test_a_momentum_that_comes_and_goes(momenta):
+    for make in (lambda p: SGD([p], bits=8), lambda p: Shampoo([p], base="sgd", base_bits=8, statistics_frequency=1)):
+        one = parameter()
+        optimizer = make(one)
+        for step, momentum in enumerate(momenta):
+            optimizer.param_groups[0]["momentum"] = momentum
+            step_with(optimizer, one, range(step, step + 1))
+        assert torch.isfinite(one).all()
+
+
+def test_rates_and_betas_that_are_tensors():
+    runs = []
+    for wrap in (float, torch.tensor):
+        one = parameter()
+        optimizer = AdamW([one], bits=4, lr=wrap(0.5), betas=(wrap(0.5), wrap(0.75)))
+        step_with(optimizer, one, range(3))
+        runs.append(one.detach())
+    assert same(*runs)
+
+
+def test_writes_are_seen_by_autograd():
+    one = parameter()
+    optimizer = AdamW([one], bits=4)
+    loss = one.square().sum()
+    one.grad = torch.ones_like(one)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_vectors_in_bfloat16_are_long_rows():
+    vector, matrix = (nn.Parameter(random(4096).bfloat16().view(shape)) for shape in ((4096,), (16, 256)))
+    for one in (vector, matrix):
+        step_with(AdamW([one], bits=32, min_quant_size=10**6), one, range(0))
+        optimizer = AdamW([one], bits=32)
+        for step in range(3):
+            one.grad = random(4096, seed=step).bfloat16().view_as(one)
+            optimizer.step()
+    assert same(vector.detach(), matrix.detach().flatten())
+
+
+def test_a_state_dict_from_before_base_bits():
+    one = parameter()
+    optimizer = Shampoo([one], statistics_frequency=1)
+    step_with(optimizer, one, range(2))
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"] = [{k: v for k, v in state_dict["param_groups"][0].items() if k != "base_bits"}]
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["base_bits"] == 32
+
+
+class Child(AdamW):
+    pass
+
+
+def test_a_child_of_a_low_bit_class_as_base():
+    one = parameter()
+    optimizer = Shampoo([one], base=Child, base_bits=4)
+    step_with(optimizer, one, range(1))
+    assert "base.exp_avg.codes" in optimizer.state[one]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soap_turns_moments_of_any_layout_and_dtype(dtype):
+    model = nn.Conv2d(16, 32, 3).to(dtype=dtype, memory_format=torch.channels_last)
+    optimizer = SOAP(model.parameters(), precondition_frequency=1)
+    for step in range(3):
+        model.zero_grad()
+        model(random(2, 16, 8, 8, seed=step, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    moment = optimizer.state[model.weight]["base.exp_avg"]
+    assert moment.dtype == dtype
+    assert dtype == torch.float32 or not torch.equal(moment.float().double(), moment)

@@ -67,7 +67,7 @@ class Adagrad(FirstOrder, torch.optim.Adagrad):
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
         return {
-            "weight_decay": float(group["weight_decay"]),
-            "step_size": float(group["lr"]) / (1 + (count - 1) * group["lr_decay"]),
+            "weight_decay": group["weight_decay"],
+            "step_size": group["lr"] / (1 + (count - 1) * group["lr_decay"]),
             "eps": group["eps"],
         }

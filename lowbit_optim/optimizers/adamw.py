@@ -20,12 +20,13 @@ class AdamW(FirstOrder, torch.optim.AdamW):
     (first dim, rest) view: 2.06 or 1.06 bytes a parameter in the place of 8. An average that moves by less than half a
     code in a step would stay where it is for ever if it were rounded to the nearest code and no more. What rounding
     takes from m therefore goes into the step at once, with the weight :math:`\eta \beta_1 / (1 - \beta_1)` that it
-    would have had in all later ones together; and v is rounded up or down at random, such that the mean is right. v has no code for zero, which would
-    divide by epsilon.
+    would have had in all later ones together; and v is rounded up or down at random, such that the mean is right. v has
+    no code for zero, which would divide by epsilon.
 
     At ``bits=32``, for float64 parameters, and for parameters with fewer than ``min_quant_size`` numbers or rows under
     32 (biases, norms), this is torch's own AdamW with its state and options; its state dict can be loaded. bfloat16 and
-    float16 parameters have their moments in float32 then, and take steps in float32.
+    float16 parameters have their moments in float32 then, and take steps in float32 (but with amsgrad, capturable or
+    differentiable torch's own).
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
@@ -79,7 +80,7 @@ class AdamW(FirstOrder, torch.optim.AdamW):
         self._construct(params, locals())
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
-        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         return {
             "beta1": beta1,
             "beta2": beta2,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
@@ -80,7 +81,7 @@ class FirstOrder(Optimizer):
     def takes(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the parameter takes a step of ours."""
         low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in _REFUSED)
-        return low or moment_form(parameter, group, "signed").bits < 32
+        return low or (bool(self.kept(group)) and moment_form(parameter, group, "signed").bits < 32)
 
     def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
         """The moments that a group has."""
@@ -112,7 +113,7 @@ class FirstOrder(Optimizer):
             for key, (shape, dtype) in layout.items():
                 own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
         elif own["nonfinite"].device != parameter.device:  # the model was moved
-            own.update({key: to_device(value, home(key, value, parameter, group)) for key, value in own.items()})
+            own.update({key: to_device(value, home(key, value, parameter, group, own)) for key, value in own.items()})
         return own
 
     def check_state(self, index: int, parameter: Tensor, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -127,6 +128,11 @@ class FirstOrder(Optimizer):
                     f"(bits={moment_bits(group)}, min_quant_size={group['min_quant_size']}) are for 32 bits: set them "
                     "back; to go on with others, make a new optimizer, which starts anew"
                 )
+            for key, (shape, _) in layout.items():
+                if isinstance(own.get(key), Tensor) and own[key].shape != shape:
+                    raise ValueError(f"{where(index, parameter)}: {key} is {list(own[key].shape)}")
+            if lacks := [key for key in layout if key not in own]:
+                raise ValueError(f"{where(index, parameter)}: the state lacks {', '.join(lacks)}")
             return
         if own.keys() != layout.keys():
             wrong = sorted(own.keys() ^ layout.keys())
@@ -166,18 +172,23 @@ class FirstOrder(Optimizer):
             if parameter.grad is not None:
                 self.check_state(index, parameter, group, self.state.get(parameter, {}))
                 if self.takes(parameter, group):
-                    _check_gradient(index, parameter)
+                    _check_tensors(index, parameter)
                     ours.append((index, parameter, group))
-        self._step_others({parameter for _, parameter, _ in ours})
         self._step_ours(ours)
+        self._step_others({parameter for _, parameter, _ in ours})
         return loss
 
     def _step_ours(self, ours: list[tuple[int, Tensor, Group]]) -> None:
         if not ours:
             return
-        steps = [self._step_of(index, parameter, group) for index, parameter, group in ours]
+        steps, last, numbers = [], None, {}
+        for index, parameter, group in ours:
+            if group is not last:  # once for all of a group, for they may be on a device
+                last, numbers = group, _numbers(group)
+            steps.append(self._step_of(index, parameter, numbers))
         bad = kernels.take_steps(steps)
         for (_, parameter, _), step, count in zip(ours, steps, bad, strict=True):
+            self.state[parameter]["step"] += 1
             self.state[parameter]["nonfinite"] += count
             if not parameter.is_contiguous():
                 parameter.copy_(step.parameter.view_as(parameter))
@@ -186,14 +197,16 @@ class FirstOrder(Optimizer):
 
     def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
         own = self.create(parameter, group)
-        own["step"] += 1
-        count = int(own["step"])
-        shape = rows_of(parameter.shape)
-        assert parameter.grad is not None
+        count = int(own["step"]) + 1
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            gradient = gradient.float()
+        rows = _rows(parameter, group)
         return Step(
             self.rule,
-            parameter.detach().contiguous().view(shape),
-            parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.bfloat16)).contiguous().view(shape),
+            parameter.detach().contiguous().view(rows),
+            gradient.contiguous().view(rows),
             tuple(self._views(parameter, group, own)),
             self.keys(index, group, count),
             {
@@ -211,9 +224,9 @@ class FirstOrder(Optimizer):
         kept = self.kept(group)
         for name, kind in self.moments.items():
             if name in kept:
-                yield moment_form(parameter, group, kind).view(name, own, parameter.shape)
+                yield moment_form(parameter, group, kind).view(name, own, _rows(parameter, group))
             else:  # a rule without this moment is one with a moment that starts anew
-                yield zeros(*rows_of(parameter.shape), 32, parameter.device)
+                yield zeros(*_rows(parameter, group), 32, parameter.device)
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
         """The keywords of the rule in a parameter's step of this number."""
@@ -300,6 +313,9 @@ class FirstOrder(Optimizer):
             own = state.get(index)
             if own and self.takes(parameter, group) and "nonfinite" not in own:
                 state[index] = self._encoded(index, parameter, group, own)
+            elif own and not self.takes(parameter, group):  # as torch casts what it loads
+                moments = {k: v.to(parameter.dtype) for k, v in own.items() if k != "step" and isinstance(v, Tensor)}
+                state[index] = own | {k: v for k, v in moments.items() if own[k].is_floating_point()}
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _encoded(self, index: int, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,9 +362,31 @@ def moment_form(parameter: Tensor, group: Mapping[str, Any], kind: str) -> Small
     return SmallFloats(kind, moment_bits(group) if coded else 32)
 
 
-def _check_gradient(index: int, parameter: Tensor) -> None:
-    """Raise TypeError unless a parameter's gradient can become codes."""
+def _numbers(group: Group) -> Group:
+    """A group's settings, with numbers in the place of tensors."""
+    return {key: _number(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_number, value))
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _rows(parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
+    """How our step views a parameter; any rows would do where nothing is coded, and short ones waste a block each."""
+    coded = moment_form(parameter, group, "signed").bits < 32
+    return rows_of(parameter.shape) if coded else (1, parameter.numel())
+
+
+def _check_tensors(index: int, parameter: Tensor) -> None:
+    """Raise TypeError unless a parameter and its gradient can take a step of ours."""
     assert parameter.grad is not None
+    if is_traceable_wrapper_subclass(parameter):
+        raise TypeError(
+            f"{where(index, parameter)} is a {type(parameter).__qualname__}; moments of few bits are kept of plain "
+            "tensors only so far: give its group bits=32"
+        )
     if parameter.grad.layout != torch.strided:
         raise TypeError(
             f"{where(index, parameter)} has a gradient that is {parameter.grad.layout}; moments in codes need a dense "
@@ -360,7 +398,7 @@ def check_group_of_moments(group: Mapping[str, Any]) -> None:
     """Raise ValueError if a group's settings of moments, or two of them together, cannot be."""
     name = "base_bits" if "base_bits" in group else "bits"
     bits = moment_bits(group)
-    if bits not in MOMENT_BITS or isinstance(bits, bool):
+    if not isinstance(bits, int) or bits not in MOMENT_BITS:
         raise ValueError(f"{name} is {bits!r}; moments have one of {', '.join(map(str, MOMENT_BITS))} bits")
     for option, why in _REFUSED.items():
         if bits < 32 and group.get(option):

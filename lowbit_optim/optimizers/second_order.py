@@ -68,6 +68,7 @@ class SecondOrder(Optimizer):
         self.preconditioner = preconditioner
         self._settings = tuple(key for key in settings if key != "lr")
         self._watch = Watch()
+        self._low_bit_base = issubclass(base_type, FirstOrder)
         super().__init__(params, {**settings, "base": base_name(base_type), **base_kwargs})
         # The base fills in its own defaults in the very same group dicts.
         self.base = base_type(self.param_groups, **{"lr": settings["lr"], **base_kwargs})
@@ -87,7 +88,7 @@ class SecondOrder(Optimizer):
         group = {**self.defaults, **param_group}
         if group["base"] != self.defaults["base"]:
             raise ValueError(f"a param group has base={group['base']!r}; an optimizer has one base for all its groups")
-        check_group(group, self.preconditioner)
+        check_group(group, self.preconditioner, self._low_bit_base)
         param_group.update({key: plain(group[key]) for key in self._settings})
         count = len(self.param_groups)
         super().add_param_group(param_group)
@@ -200,12 +201,13 @@ class SecondOrder(Optimizer):
         self._check_groups(state_dict)
         self._prepare()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            saved = {"base_bits": 32, **saved}  # which older versions did not know
             stored = [key for key in STORED if key in group]
             if missing := [key for key in stored if key not in saved]:
                 lacks = ", ".join(missing)
                 raise ValueError(f"the state dict's param groups lack {lacks}: it is not of {type(self).__name__}")
             saved = {**{key: self.defaults[key] for key in self._settings}, **saved}
-            check_group(saved, self.preconditioner)
+            check_group(saved, self.preconditioner, self._low_bit_base)
             for key in stored:
                 if plain(saved[key]) != plain(group[key]):
                     raise ValueError(
@@ -334,6 +336,7 @@ class SecondOrder(Optimizer):
             "base": self._base_and_attributes(),
             "preconditioner": self.preconditioner,
             "_settings": self._settings,
+            "_low_bit_base": self._low_bit_base,
             "_watch": copy.copy(self._watch),
         }
 
@@ -353,6 +356,10 @@ class SecondOrder(Optimizer):
                 raise TypeError(f"param group has the unknown key {key!r}; did you mean {meant!r}?")
 
     def _check_step(self) -> None:
+        if isinstance(self.base, FirstOrder):
+            for index, (parameter, group) in enumerate(self._parameters()):
+                if parameter.grad is not None:
+                    self.base.check_state(index, parameter, group, lent(self.state.get(parameter, {})))
         for group in self.param_groups:
             for key, kept in zip(KEPT_AS, group.get("kept_as", ()), strict=False):
                 if group.get(key) != kept:
@@ -378,7 +385,7 @@ class SecondOrder(Optimizer):
                 _fix(group)
                 own.update({**self.preconditioner.init_state(parameter, group), **own})
             elif own["nonfinite"].device != parameter.device:  # the model was moved
-                self.state[parameter] = {k: to_device(v, home(k, v, parameter, group)) for k, v in own.items()}
+                self.state[parameter] = {k: to_device(v, home(k, v, parameter, group, own)) for k, v in own.items()}
 
     def _lacks_state(self, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> bool:
         """Whether the preconditioner has nothing of a parameter yet, or no factors, which a group may ask for later."""

@@ -48,7 +48,7 @@ _SWITCH = ("True or False", _boolean)
 # keyword: (the rule in words, the rule)
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": (f"one of {', '.join(map(str, BITS))}", _number(lambda x: x in BITS)),
-    "base_bits": (f"one of {', '.join(map(str, MOMENT_BITS))}", _number(lambda x: x in MOMENT_BITS)),
+    "base_bits": (f"one of {', '.join(map(str, MOMENT_BITS))}", lambda x: _integer(1)(x) and x in MOMENT_BITS),
     "quantization": ("a Quantization or None", lambda x: x is None or isinstance(x, (Quantization, tuple, list))),
     "precondition": _SWITCH,
     "max_preconditioner_dim": _POSITIVE,
@@ -91,14 +91,18 @@ KEPT_AS = (
 STORED = ("base", "bits", "storage", "quantization", "layout", "root_power", "damping_rule", "basis", "base_bits")
 
 
-def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner) -> None:
-    """Raise ValueError if a group's settings, or two of them together, cannot be."""
+def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditioner, low_bit_base: bool) -> None:
+    """Raise ValueError if a group's settings, or two of them together, cannot be.
+
+    Args:
+        low_bit_base: whether the base is one of this library's.
+    """
     if group.get("differentiable"):
         raise ValueError("differentiable=True: gradients are preconditioned in place, which autograd cannot go through")
     for key, (rule, holds) in _RULES.items():
         if key in group and not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
-    if group["base"] in {base_name(kind) for kind in LOW_BIT_BASES.values()}:
+    if low_bit_base:
         check_group_of_moments(group)
     elif group["base_bits"] != 32:
         raise ValueError(

@@ -61,13 +61,25 @@ class SGD(FirstOrder, torch.optim.SGD):
     def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
         return self.moments if group["momentum"] else {}
 
+    def check_state(self, index: int, parameter: Tensor, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """As of every optimizer, but that a buffer may be there or not: the momentum may come and go."""
+        there = any(key.startswith("momentum_buffer") for key in own)
+        super().check_state(index, parameter, {**group, "momentum": float(there)}, own)
+
+    def create(self, parameter: Tensor, group: Group) -> dict[str, Any]:
+        own = super().create(parameter, group)
+        for key, (shape, dtype) in self.layout(parameter, group).items():
+            if key not in own:  # the momentum was 0 before
+                own[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        return own
+
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
-        momentum = float(group["momentum"])
+        momentum = group["momentum"]
         return {
-            "weight_decay": float(group["weight_decay"]),
+            "weight_decay": group["weight_decay"],
             "momentum": momentum,
-            "share": 1 - float(group["dampening"]) if momentum and count > 1 else 1.0,
+            "share": 1 - group["dampening"] if momentum and count > 1 else 1.0,
             "nesterov": bool(group["nesterov"]),
-            "lr": float(group["lr"]),
+            "lr": group["lr"],
             "feedback": momentum / (1 - momentum) if momentum < 1 else 0.0,
         }

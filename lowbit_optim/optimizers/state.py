@@ -104,7 +104,7 @@ def sealed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def opened(own: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's state with what was sealed, where it belongs."""
-    return {k: v.open(home(k, v.value, parameter, group)) if isinstance(v, Sealed) else v for k, v in own.items()}
+    return {k: v.open(home(k, v.value, parameter, group, own)) if isinstance(v, Sealed) else v for k, v in own.items()}
 
 
 def check_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
@@ -129,7 +129,12 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def home(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where a state tensor belongs: with its parameter; step counters on the CPU unless the base wants otherwise."""
-    on_cpu = key == "step" or (key == "base.step" and not (group.get("capturable") or group.get("fused")))
-    return torch.device("cpu") if on_cpu and isinstance(value, Tensor) and value.dim() == 0 else parameter.device
+def home(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any], own: Mapping[str, Any]) -> torch.device:
+    """Where a tensor of a parameter's state belongs: with the parameter, but counters of steps on the CPU.
+
+    Torch's own optimizers want theirs on the device if they are fused or capturable; ours count "nonfinite", too.
+    """
+    counts = key in ("step", f"{BASE}step") and isinstance(value, Tensor) and value.dim() == 0
+    ours = key.replace("step", "nonfinite") in own
+    on_cpu = counts and (ours or not (group.get("capturable") or group.get("fused")))
+    return torch.device("cpu") if on_cpu else parameter.device

@@ -52,19 +52,35 @@ class SmallFloats:
         """The moment before the first step, under the names of ``layout``."""
         return {key: torch.zeros(s, dtype=d, device=device) for key, (s, d) in self.layout(name, shape).items()}
 
-    def view(self, name: str, own: Mapping[str, Any], shape: torch.Size) -> Moment:
-        """The moment in a parameter's state as the kernels want it, sharing memory."""
+    def view(self, name: str, own: Mapping[str, Any], rows: tuple[int, int]) -> Moment:
+        """The moment in a parameter's state as the kernels want it, as rows of numbers, sharing memory.
+
+        Args:
+            rows: of a moment in codes, ``rows_of`` the parameter's shape; else any that has as many numbers.
+        """
         if self.bits == 32:
-            return Moment(32, values=own[name].view(rows_of(shape)))
+            return Moment(32, values=own[name].view(rows))
         return Moment(self.bits, codes=own[f"{name}.codes"], scales=own[f"{name}.scales"])
 
     def read(self, name: str, own: Mapping[str, Any], shape: torch.Size) -> Tensor:
-        """The moment, float32 of ``shape``."""
-        return decode(self.view(name, own, shape), self.kind, rows_of(shape)[1]).view(shape)
+        """The moment, of the parameter's ``shape``: float32, or as it is if it is kept as numbers."""
+        if self.bits == 32:
+            values: Tensor = own[name]
+            return values
+        rows = rows_of(shape)
+        return decode(self.view(name, own, rows), self.kind, rows[1]).view(shape)
 
     def write(self, name: str, own: Mapping[str, Any], x: Tensor, key: int) -> None:
-        """Put x, of the parameter's shape, into a parameter's state; ``key`` determines how it is rounded."""
-        write(self.view(name, own, x.shape), self.kind, x.float().reshape(rows_of(x.shape)), key)
+        """Put x, of the parameter's shape, into a parameter's state.
+
+        Args:
+            key: determines how an unsigned moment is rounded at random.
+        """
+        if self.bits == 32:
+            own[name].copy_(x)
+            return
+        rows = rows_of(x.shape)
+        write(self.view(name, own, rows), self.kind, x.float().reshape(rows), key)
 
     def describe(self) -> dict[str, Any]:
         """The codec as JSON-able values."""
