@@ -206,11 +206,11 @@ def test_steps_of_a_batch_do_not_touch_each_other(backend):
     assert backend.take([]) == []
 
 
-def test_autograd_sees_that_a_parameter_was_written(backend):
+def test_autograd_sees_that_a_parameter_was_written():
     (step,) = steps_of("sgd", torch.float32, 8, 2, 40, ordinary, count=1)
     parameter = torch.nn.Parameter(step.parameter)
     product = (parameter * parameter).sum()
-    backend.take([step._replace(parameter=parameter.detach())])
+    kernels.take_steps([step._replace(parameter=parameter.detach())])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 
