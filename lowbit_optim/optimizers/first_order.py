@@ -12,7 +12,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowbit_optim import kernels
 from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
 from lowbit_optim.optimizers.report import report
-from lowbit_optim.optimizers.state import LISTED_TWICE, check_groups, home, opened, sealed, to_device, unhooked, where
+from lowbit_optim.optimizers.state import (
+    LISTED_TWICE,
+    check_groups,
+    check_tensors,
+    home,
+    opened,
+    sealed,
+    to_device,
+    unhooked,
+    where,
+)
 from lowbit_optim.optimizers.watch import Watch
 from lowbit_optim.storage.blockwise import rows_of
 from lowbit_optim.storage.small_floats import MOMENT_BITS, Layout, SmallFloats, has_codes
@@ -141,11 +151,7 @@ class FirstOrder(Optimizer):
                 f"min_quant_size={group['min_quant_size']}) do not have the same tensors: {', '.join(wrong)}. Set them "
                 "back; to go on with others, make a new optimizer, which starts anew"
             )
-        for key, (shape, dtype) in layout.items():
-            got = own[key]
-            if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
-                got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
-                raise ValueError(f"{where(index, parameter)}: {key} is {got}; it must be {dtype} {list(shape)}")
+        check_tensors(where(index, parameter), own, layout)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 

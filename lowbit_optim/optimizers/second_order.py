@@ -27,6 +27,7 @@ from lowbit_optim.optimizers.state import (
     check_base_part,
     check_groups,
     check_moments,
+    check_tensors,
     given_back,
     home,
     lent,
@@ -403,11 +404,7 @@ class SecondOrder(Optimizer):
             raise ValueError(
                 f"{name}: the state dict and the optimizer's settings do not have the same tensors: {wrong}"
             )
-        for key, (shape, dtype) in expected.items():
-            got = own[key]
-            if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
-                got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
-                raise ValueError(f"{name}: {key} is {got}; it must be {dtype} {list(shape)}")
+        check_tensors(name, own, expected)
         check_moments(index, parameter, lent(state))
         if isinstance(self.base, FirstOrder):
             self.base.check_state(index, parameter, group, lent(state))

@@ -77,6 +77,15 @@ def check_moments(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None
             raise ValueError(f"{where(index, parameter)}: its {key} in the state dict is {list(moment.shape)}")
 
 
+def check_tensors(name: str, own: Mapping[str, Any], layout: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Raise ValueError unless a parameter's state has the tensors of a layout in their shapes and dtypes."""
+    for key, (shape, dtype) in layout.items():
+        got = own[key]
+        if not isinstance(got, Tensor) or got.shape != shape or got.dtype != dtype:
+            got = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(f"{name}: {key} is {got}; it must be {dtype} {list(shape)}")
+
+
 def rebuild(kind: type[Optimizer], attributes: dict[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
     """An optimizer with the attributes of another, over these groups, without state."""
     base = kind.__new__(kind)
