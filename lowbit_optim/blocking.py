@@ -30,6 +30,29 @@ class Blocking:
         """Blocks of the tensor."""
         return prod(self.grid)
 
+    def read(self, x: Tensor, out: Tensor) -> None:
+        """Write the blocks of a tensor of ``shape`` into [count, rows, columns], in one copy where that is possible."""
+        view = self._view(x)
+        if view is None:
+            out.copy_(self.split(x))
+        else:
+            out.unflatten(0, self.grid).copy_(view)
+
+    def write(self, blocks: Tensor, x: Tensor) -> None:
+        """Write blocks [count, rows, columns] into a tensor of ``shape``: the inverse of ``read``."""
+        view = self._view(x)
+        if view is None:
+            x.copy_(self.merge(blocks))
+        else:
+            view.copy_(blocks.unflatten(0, self.grid))
+
+    def _view(self, x: Tensor) -> Tensor | None:
+        """The blocks [*grid, rows, columns] where they lie in x; None where blocks are filled up, or x is strided."""
+        (a, b), r, c = self.grid, self.rows, self.columns
+        if self.matrix != (a * r, b * c) or not x.is_contiguous():
+            return None
+        return rearrange(x.view(self.matrix), "(a r) (b c) -> a b r c", a=a, b=b)
+
     def split(self, x: Tensor) -> Tensor:
         """A tensor of ``shape`` to its blocks [count, rows, columns]."""
         m, n = self.matrix
@@ -68,11 +91,20 @@ class Stack:
     states: list[dict[str, Tensor]]
     counts: list[int]
 
-    def read(self, prefix: str, start: int, stop: int) -> dict[str, Tensor]:
-        """Blocks start to stop of every tensor named "<prefix>.<name>", by <name>."""
+    def read(self, prefix: str, start: int, stop: int, wanted: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+        """Blocks start to stop of the tensors named "<prefix>.<name>", by <name>; not to be changed in place.
+
+        Args:
+            wanted: only of names that begin with one of these.
+        """
         names = [key.removeprefix(f"{prefix}.") for key in self.states[0] if key.startswith(f"{prefix}.")]
         pieces = list(self.pieces(start, stop))
-        return {name: torch.cat([self.states[i][f"{prefix}.{name}"][lo:hi] for i, lo, hi in pieces]) for name in names}
+        read = {}
+        for name in names:
+            if name.startswith(wanted):
+                own = [self.states[i][f"{prefix}.{name}"][lo:hi] for i, lo, hi in pieces]
+                read[name] = torch.cat(own) if len(own) > 1 else own[0]
+        return read
 
     def write(self, prefix: str, start: int, stop: int, tensors: dict[str, Tensor]) -> None:
         """Write what ``read`` returned, changed, back in place."""

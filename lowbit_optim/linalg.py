@@ -85,6 +85,12 @@ def each(x: Tensor, like: Tensor) -> Tensor:
     return x.view(-1, *[1] * (like.dim() - 1))
 
 
+def power_of_two(x: Tensor, least: float, most: float) -> Tensor:
+    """The largest power of two up to x, of x >= 0 in float32 or float64, kept between two powers of two."""
+    bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    return (x.view(bits) & exponent).view(x.dtype).clamp(least, most)  # exact, where exp2 need not be
+
+
 def rectify(v: Tensor, iterations: int) -> Tensor:
     """Björck's iteration towards the nearest orthogonal matrix: V <- 1.5 V - 0.5 V V^T V (Wang et al. 2024, eq. 2).
 

@@ -254,7 +254,7 @@ def _rehearse(optimizer: Optimizer, device: str) -> tuple[int, int]:
         base_step()
         in_base[0], tracker.peak = max(in_base[0], tracker.peak), before
 
-    step = _step_of(optimizer, watch)
+    step = _step_of(optimizer, device, watch)
     tracker.add(optimizer.state.values())  # what is known by its layout
     tracker.leave_out([*parameters, *(p.grad for p in parameters)])
     try:
@@ -271,17 +271,18 @@ def _rehearse(optimizer: Optimizer, device: str) -> tuple[int, int]:
     return (tracker.peak, in_base[0]) if isinstance(optimizer, SecondOrder) else (0, tracker.peak)
 
 
-def _step_of(optimizer: Optimizer, in_base: Callable[[Callable[[], Any]], None]) -> Callable[[], Any]:
+def _step_of(optimizer: Optimizer, device: str, in_base: Callable[[Callable[[], Any]], None]) -> Callable[[], Any]:
     """The step of an optimizer, without what a fused step does.
 
     Args:
+        device: the kind that it is planned for.
         in_base: is given the step of the base, to take it.
     """
     if not isinstance(optimizer, SecondOrder):
         return _unfused(optimizer, optimizer, optimizer.step, prefix="")
     assert optimizer.base is not None
     optimizer._watch = lambda troubles: None  # type: ignore[assignment]
-    _shorten(optimizer.preconditioner)
+    _shorten(optimizer.preconditioner, device)
     base_step = _unfused(optimizer.base, optimizer, optimizer._step_base, prefix=BASE)
     optimizer._step_base = lambda: in_base(base_step)  # type: ignore[method-assign]
     return optimizer.step
@@ -299,12 +300,13 @@ def _unfused(first_order: Optimizer, whole: Optimizer, step: Callable[[], Any], 
     return step
 
 
-def _shorten(preconditioner: KroneckerPreconditioner) -> None:
+def _shorten(preconditioner: KroneckerPreconditioner, device: str) -> None:
     """Of every bucket only the largest part, and its first slice: the others take no more memory, but time."""
+    preconditioner.workspace.meta = device
     parts, slices = preconditioner.parts, preconditioner.slices
     vars(preconditioner).update(
         parts=lambda bucket: [max(parts(bucket), key=lambda part: sum(part.counts))],
-        slices=lambda part, blocks: islice(slices(part, blocks), 1),
+        slices=lambda *run: islice(slices(*run), 1),
     )
 
 

@@ -95,8 +95,7 @@ def test_a_stack_reads_and_writes_across_parameters(counts, data):
     assert got["codes"].tolist() == [[i] * 3 for i in range(start, stop)]
 
     owned = [state["left.codes"] for state in whole.states]
-    got["codes"] += 100  # a copy: nothing has changed yet
-    assert torch.cat(owned).tolist() == [[i] * 3 for i in range(sum(counts))]
-    whole.write("left", start, stop, {"codes": got["codes"]})
+    assert whole.read("left", start, stop, ("sc", "x")).keys() == {"scale"}
+    whole.write("left", start, stop, {"codes": got["codes"] + 100})
     assert torch.cat(owned).tolist() == [[i + 100 * (start <= i < stop)] * 3 for i in range(sum(counts))]
     assert all((state["right.codes"] == 99).all() and (state["left.scale"] == 1).all() for state in whole.states)

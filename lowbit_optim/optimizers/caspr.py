@@ -1,16 +1,24 @@
 """CASPR over any first-order optimizer, with its factors in low-bit storage."""
 
+import torch
 from torch import Tensor
 
 from lowbit_optim.optimizers.shampoo import Shampoo, ShampooPreconditioner
+from lowbit_optim.preconditioners.kronecker import Root
 
 
 class CASPRPreconditioner(ShampooPreconditioner):
     """Duvvuri et al. 2024: ((L^(-1/4) x I + I x R^(-1/4)) / 2)^2 on the gradient, whose cross term is Shampoo's."""
 
-    def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
-        half = (left @ gradient + gradient @ right) / 2
-        return (left @ half + half @ right) / 2
+    def apply(self, left: Root, gradient: Tensor, right: Root, temporary: Tensor) -> tuple[Tensor, list[Tensor]]:
+        largest = left[1].maximum(right[1])
+        shares = [(scale / largest / 2).to(gradient.dtype)[:, None, None] for _, scale in (left, right)]
+        for x, y in ((gradient, temporary), (temporary, gradient)):  # y <- (L x + x R) / (2 largest)
+            torch.bmm(left[0], x, out=y)
+            y *= shares[0]
+            x *= shares[1]
+            y.baddbmm_(x, right[0])
+        return gradient, [largest, largest]
 
 
 class CASPR(Shampoo):

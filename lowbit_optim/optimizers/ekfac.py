@@ -11,9 +11,11 @@ from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.linalg import each
 from lowbit_optim.optimizers.kfac import KFAC, OF_THE_WHOLE, KFACPreconditioner
 from lowbit_optim.optimizers.second_order import keywords
+from lowbit_optim.preconditioners.buckets import Bucket, Due, Forms, Turn
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
-from lowbit_optim.preconditioners.kronecker import Bucket, Due, Forms, Group
+from lowbit_optim.preconditioners.kronecker import Group
 from lowbit_optim.storage import Quantization
+from lowbit_optim.storage.factors import without_scale
 from lowbit_optim.storage.moment import Moment
 
 
@@ -27,7 +29,7 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
 
     def precondition(
         self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """The moment takes in every gradient; a unit without any bases yet stays as it is."""
         moment = part.forms.moment
         assert moment is not None
@@ -36,20 +38,23 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
         state = moment.update(stack.read("moment", start, stop), turned, magnitude)
         stack.write("moment", start, stop, state)
         divided, exponents = moment.divide(state, turned)
+        divided, scale = without_scale(divided, divided)
+        half = torch.exp2((exponents // 2).to(scale.dtype))  # the whole might overflow
         real = _have_bases(part)[start:stop]
-        return torch.where(each(real, gradient), left @ divided @ right.mT, gradient), exponents.where(real, 0)
+        factors = [factor.where(real, 1.0) for factor in (scale, half, half)]
+        return torch.where(each(real, gradient), left @ divided @ right.mT, gradient), factors
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
         turn = group["precondition_frequency"] or group["statistics_frequency"]
         return Due(step % group["statistics_frequency"] == 0, step % turn == 0, True)
 
-    def _update(self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Tensor:
-        if not part.due.refresh:
-            return super()._update(part, stack, start, stop, gradient, magnitude)
-        moment = part.forms.moment
+    def _update(self, part: Bucket, stack: Stack, turn: Turn, gradient: Tensor, magnitude: Tensor) -> Tensor:
+        if not turn.refresh:
+            return super()._update(part, stack, turn, gradient, magnitude)
+        moment, start, stop = part.forms.moment, turn.first, turn.last
         assert moment is not None
-        old = part.forms.roots(stack, start, stop, part.dtype)
-        failed = super()._update(part, stack, start, stop, gradient, magnitude)
+        old = [basis.clone() for basis in part.forms.roots(stack, start, stop, part.dtype)]  # not those that turn
+        failed = super()._update(part, stack, turn, gradient, magnitude)
         new = part.forms.roots(stack, start, stop, part.dtype)
         left, right = (n.mT @ o for n, o in zip(new, old, strict=True))
         stack.write("moment", start, stop, moment.turn(stack.read("moment", start, stop), left, right))

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.stats import LEFT_TO_BASE
-from lowbit_optim.preconditioners.kronecker import SIDES, Bucket, Group, KroneckerPreconditioner, Statistics
+from lowbit_optim.preconditioners.buckets import SIDES, Bucket
+from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, Statistics
 from lowbit_optim.preconditioners.layers import Hook, Layer, layers_of
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
@@ -42,6 +43,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
     default_precondition_frequency: ClassVar[int] = 2000
 
     def __init__(self, sharing: str) -> None:
+        super().__init__()
         if sharing not in ("expand", "reduce"):
             raise ValueError(f"sharing is {sharing!r}; it must be 'expand' or 'reduce'")
         self.sharing = sharing

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit_optim.optimizers.state import BASE, lent
-from lowbit_optim.preconditioners.kronecker import SIDES
+from lowbit_optim.preconditioners.buckets import SIDES
 
 KINDS = ("statistics", "roots", "bases", "moments", "scales", "counters", "other")
 

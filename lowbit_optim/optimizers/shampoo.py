@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
-from lowbit_optim.preconditioners.kronecker import Bucket, KroneckerPreconditioner, Statistics
+from lowbit_optim.preconditioners.buckets import Bucket
+from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner, Statistics
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
 

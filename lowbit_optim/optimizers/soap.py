@@ -12,8 +12,9 @@ from lowbit_optim.linalg import full_precision
 from lowbit_optim.optimizers.first_order import moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
+from lowbit_optim.preconditioners.buckets import Due, Forms
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
-from lowbit_optim.preconditioners.kronecker import Due, Forms, Group, working_dtype
+from lowbit_optim.preconditioners.kronecker import Group, Root, working_dtype
 from lowbit_optim.storage import Quantization
 
 State = dict[Tensor, dict[str, Any]]
@@ -31,8 +32,9 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         """The first gradient makes the bases; they turn after the base's step: see ``finish``."""
         return Due(step == 1 or step % group["statistics_frequency"] == 0, False, True)
 
-    def apply(self, left: Tensor, gradient: Tensor, right: Tensor) -> Tensor:
-        return left.mT @ gradient @ right
+    def apply(self, left: Root, gradient: Tensor, right: Root, temporary: Tensor) -> tuple[Tensor, list[Tensor]]:
+        torch.bmm(left[0].mT, gradient, out=temporary)
+        return torch.bmm(temporary, right[0], out=gradient), []
 
     @torch.no_grad()
     def finish(self, groups: list[Group], state: State, kept: dict[Tensor, Tensor | None]) -> None:
@@ -51,7 +53,7 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         cut, dtype, steps = self.blocking(parameter, group), working_dtype(parameter), int(state["step"])
         assert cut is not None
         forms, stack = self.forms(group, cut), Stack([state], [1])
-        old = forms.roots(stack, 0, 1, dtype)
+        old = [basis.clone() for basis in forms.roots(stack, 0, 1, dtype)]  # not those that turn
         if kept is not None:
             step = old[0] @ cut.split(parameter).to(dtype) @ old[1].mT
             decayed = kept * (1 - group["lr"] * group["weight_decay"])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lowbit_optim.blocking import Blocking
 from lowbit_optim.optimizers.state import without_base
-from lowbit_optim.preconditioners.kronecker import SIDES, Forms, Group
+from lowbit_optim.preconditioners.buckets import SIDES, Forms
+from lowbit_optim.preconditioners.kronecker import Group
 from lowbit_optim.storage.factors import State, take
 
 LEFT_TO_BASE = "base"

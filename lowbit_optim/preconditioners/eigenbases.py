@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit_optim.preconditioners.kronecker import Bucket, Group, KroneckerPreconditioner, Statistics
+from lowbit_optim.preconditioners.buckets import Bucket
+from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, Statistics
 from lowbit_optim.storage.basis import Basis
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import basis_vectors

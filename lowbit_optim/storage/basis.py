@@ -30,6 +30,7 @@ class Basis:
     iterations: int = 1
 
     one_period = False  # the basis turns when it is told to
+    root_needs = ("basis",)
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """The state before the first update."""
@@ -50,6 +51,11 @@ class Basis:
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         """The basis, [k, n, n] in ``dtype``."""
         return rectify(self.vectors.decode(take("basis", state), self.order, dtype), self.rectifications)
+
+    def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The basis and ones, as ``Factor.scaled_root``."""
+        basis = self.root(state, dtype)
+        return basis, torch.ones_like(basis[:, 0, 0])
 
     def rounding_error(self, state: State) -> None:
         """Not estimated of a basis."""

@@ -6,7 +6,7 @@ every tensor's first dim is the block. Forms are functions of that state (nothin
     state = form.init(blocks, order, dtype, device)
     state = form.update(state, statistic, magnitude)     # every statistics_frequency steps
     state = form.refresh(state, dtype)                   # every precondition_frequency steps
-    left = form.root(state, dtype)                       # every step
+    left, scale = form.scaled_root(state, dtype)         # every step
 
 An update or refresh that fails for a block leaves that block's state as it was and adds one to its "failures".
 """
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import each, finite, inverse_root, symmetrize, trace
+from lowbit_optim.linalg import each, finite, inverse_root, power_of_two, symmetrize, trace
 from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
 
@@ -68,6 +68,7 @@ class Factor(ABC):
     statistic_limit: float = 4.0
 
     one_period: ClassVar[bool] = False  # update leaves nothing for refresh to do
+    root_needs: ClassVar[tuple[str, ...]] = ("root",)  # how the names of the tensors begin that a root is read from
 
     @abstractmethod
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -82,8 +83,22 @@ class Factor(ABC):
         """A as far as the state tells, [k, n, n] in ``dtype``."""
 
     @abstractmethod
+    def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A^(-1/p) as of the last refresh over a number, so that its products with others neither over- nor underflow.
+
+        Args:
+            state: at least the tensors of ``root_needs``.
+            dtype: float32 or float64.
+            out: where the matrices may be written, [k, n, n] in ``dtype`` or bfloat16, which rounds them.
+
+        Returns:
+            (the matrices [k, n, n], which may be ``out``; the number of each, [k] in ``dtype``, from 1e-30 to 1e30).
+        """
+
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         """A^(-1/p) as of the last refresh, [k, n, n] in ``dtype``."""
+        root, scale = self.scaled_root(state, dtype)
+        return root * each(scale, root)
 
     def rounding_error(self, state: State) -> Tensor:
         """How far what ``root`` reads is off for having been rounded when it was written last, estimated, [k] float32.
@@ -169,6 +184,12 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
+def without_scale(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Matrices [k, n, n] over the power of two of their largest number, and that power, [k]; 1 if they are zero."""
+    magnitude = power_of_two(x.abs().amax((1, 2)), 2.0**-99, 2.0**99)
+    return torch.mul(x, each(1 / magnitude, x), out=out), magnitude
+
+
 def counters(blocks: int, device: torch.device | str) -> State:
     """What every form keeps beside A: statistics since the first, the last one's norm (tr M)^(1/2), failed changes."""
     return {
@@ -193,8 +214,8 @@ class Dense(Factor):
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return state["statistic"].to(dtype)
 
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return state["root"].to(dtype)
+    def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return without_scale(state["root"].to(dtype), out)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, state["statistic"], m, magnitude)
@@ -216,8 +237,9 @@ class Coded(Factor):
     codec: Symmetric
     name: ClassVar[str] = "root"  # of that matrix in the state
 
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(take(self.name, state), dtype)
+    def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        root = self.codec.decode(take(self.name, state), dtype)
+        return without_scale(root, root if out is None else out)
 
     def rounding_error(self, state: State) -> Tensor:
         return self.codec.rounding_error(take(self.name, state))

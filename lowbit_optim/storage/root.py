@@ -46,6 +46,7 @@ class Root(Coded):
     ridge: str = "clamp"
     stored_power: int | None = None
     one_period: ClassVar[bool] = True
+    root_needs: ClassVar[tuple[str, ...]] = ("rms", "root")
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         start = put(self.name, self.codec.identity(blocks, order, dtype, device))
@@ -57,12 +58,11 @@ class Root(Coded):
         a, _ = self._normalized_statistic(state, dtype)
         return a * each(state["rms"].to(dtype).square(), a)
 
-    def root(self, state: State, dtype: torch.dtype) -> Tensor:
+    def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rms = state["rms"].to(dtype)
         root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
         scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power)
-        scale = scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
-        return root * each(scale, root)
+        return root, scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"stored_power": self._q}
@@ -137,6 +137,7 @@ class Logarithm(Root):
     """
 
     name: ClassVar[str] = "logarithm"
+    root_needs: ClassVar[tuple[str, ...]] = ("rms", "logarithm")
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         state = super().init(blocks, order, dtype, device)
