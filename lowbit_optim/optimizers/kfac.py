@@ -195,7 +195,8 @@ class KFAC(SecondOrder):
         base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
             :class:`SGD` or :class:`Adagrad` of this library). Default 32.
         bits, storage, quantization, layout, precondition, min_quant_size, start_preconditioning_step, statistic_limit,
-            rectify_update, rectify_root, graft, workspace: as for :class:`Shampoo`; rectifications default to 0.
+            rectify_update, rectify_root, graft, apply_dtype, workspace: as for :class:`Shampoo`; rectifications default
+            to 0.
         statistics_frequency: steps between statistics updates (T1). Default 200.
         precondition_frequency: steps between root updates (T2) of storages with two periods. Default None: 2000.
         factor_decay: decay of the statistics. Default 0.9.
@@ -245,6 +246,7 @@ class KFAC(SecondOrder):
         rectify_root: int = 0,
         orthogonal_iterations: int = 2,
         graft: bool = True,
+        apply_dtype: str | None = None,
         workspace: int = 256 * 2**20,
         sharing: str = "expand",
         grad_scale: Callable[[], float | Tensor] | None = None,

@@ -17,7 +17,7 @@ from lowbit_optim.optimizers.first_order import FirstOrder, check_group_of_momen
 from lowbit_optim.optimizers.sgd import SGD
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
 from lowbit_optim.storage import Quantization
-from lowbit_optim.storage.budget import BITS
+from lowbit_optim.storage.budget import BITS, ONE_PERIOD
 from lowbit_optim.storage.small_floats import MOMENT_BITS
 
 BASES: dict[str, type[Optimizer]] = {
@@ -70,6 +70,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rectify_root": _NATURAL,
     "orthogonal_iterations": _POSITIVE,
     "graft": _SWITCH,
+    "apply_dtype": ("None or 'bfloat16'", lambda x: x in (None, "bfloat16")),
+    "stagger": _SWITCH,
     "workspace": _POSITIVE,
 }
 
@@ -108,6 +110,11 @@ def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditione
         raise ValueError(
             f"a param group has base_bits={group['base_bits']}, but the base is {group['base']}: give base_bits to the "
             "constructor, with base='adamw', 'sgd' or 'adagrad', and base_bits=32 to the groups that want it"
+        )
+    if group.get("stagger") and group["storage"] not in ONE_PERIOD:
+        raise ValueError(
+            f"stagger=True, but storage {group['storage']!r} has another period for roots: leave stagger out, or take "
+            f"storage {' or '.join(map(repr, ONE_PERIOD))}, whose roots come with the statistics"
         )
     refresh = group["precondition_frequency"]
     # Any order would do: asking for a form refuses unknown storages, layouts and codebooks, and bits they cannot hold.

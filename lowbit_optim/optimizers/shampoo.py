@@ -73,6 +73,10 @@ class Shampoo(SecondOrder):
         rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.
         graft: give the preconditioned gradient the norm of the gradient. Default True.
+        apply_dtype: "bfloat16" applies roots to gradients in bfloat16; statistics and roots are computed as without it.
+            Default None: float32 (float64 for float64 parameters).
+        stagger: let blocks take turns: each updates its factors at a step of its own of the ``statistics_frequency``
+            steps, so that no step does the work of all. For storages "root" and "logarithm". Default False.
         workspace: bytes of temporary tensors to aim at. Default 256 MiB.
         **base_kwargs: options of the base optimizer (betas, weight_decay, momentum, ...).
 
@@ -117,6 +121,8 @@ class Shampoo(SecondOrder):
         rectify_root: int = 4,
         orthogonal_iterations: int = 1,
         graft: bool = True,
+        apply_dtype: str | None = None,
+        stagger: bool = False,
         workspace: int = 256 * 2**20,
         **base_kwargs: Any,
     ) -> None:
