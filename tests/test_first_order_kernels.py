@@ -313,22 +313,22 @@ def test_take_steps_chooses_a_backend_for_each_step(monkeypatch):
         return first_order.take(steps)
 
     monkeypatch.setattr(cpu, "take", recording)
-    kernels._backend.cache_clear()
+    kernels.backend.cache_clear()
     batch = [steps_of("sgd", dtype, 8, 2, 40, nasty, 1)[0] for dtype in DTYPES.values()]
     wide = batch[0]._replace(parameter=batch[0].parameter.double())
     expected = first_order.take([copied(step) for step in (batch[0], wide, *batch[1:])])
     bad = kernels.take_steps([batch[0], wide, *batch[1:]])
-    kernels._backend.cache_clear()
+    kernels.backend.cache_clear()
     assert taken == [list(DTYPES.values())]
     assert [x.item() for x in bad] == [x.item() for x in expected]
 
 
 def test_without_numba_the_specification_steps(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "lowbit_optim.kernels.cpu", None)
-    kernels._backend.cache_clear()
-    assert kernels._backend("cpu", torch.float32) is first_order.take
-    kernels._backend.cache_clear()
-    assert "steps on cpu are slow" in caplog.text
+    kernels.backend.cache_clear()
+    assert kernels.backend("steps", torch.device("cpu"), torch.float32) is first_order
+    kernels.backend.cache_clear()
+    assert "the plain torch reference runs on cpu" in caplog.text
 
 
 def test_importing_the_package_imports_no_numba():
