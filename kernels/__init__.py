@@ -38,7 +38,7 @@ if __name__ != "lowbit_optim.kernels":  # by a library that looks for another `k
 # The modules of each backend: imported when they are first needed, for compilers take a second.
 BACKENDS = {
     "reference": {"codec": "reference", "steps": "first_order"},
-    "numba": {"codec": "cpu_codec", "steps": "cpu"},
+    "numba": {"codec": "cpu_codec", "steps": "cpu_steps"},
     "triton": {"codec": "gpu_codec", "steps": "gpu"},
 }
 DEVICES = {"cpu": "numba", "cuda": "triton", "meta": "reference"}
