@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy import float32 as f32
+from numpy import int32 as i32
 from numpy import uint8 as u8
 from numpy import uint32 as u32
 from torch import Tensor
@@ -141,8 +142,10 @@ def _largest(x: Array, count: int) -> f32:
 
 
 @inline
-def _nearest(x: Array, count: int, divisor: f32, bits: int, boundaries: Array, cells: Any, codes: Array) -> None:
+def _nearest(x: Array, count: int, divisor: f32, bits: int, tables: Any, scratch: Any) -> None:
     """The codes of x / divisor."""
+    boundaries, cells = tables[0], tables[1]
+    codes, quotients, places = scratch[3], scratch[4], scratch[5]
     if bits == 4:
         for i in range(count):
             quotient = f32(x[i]) / divisor
@@ -165,14 +168,25 @@ def _nearest(x: Array, count: int, divisor: f32, bits: int, boundaries: Array, c
                 code = u32(code + u32(quotient > boundaries[j]))
             codes[i] = code
     else:
-        shift, lowest, last, codes_of, limits = cells
-        for i in range(count):
-            quotient = f32(f32(x[i]) / divisor)
-            whole = u32(quotient.view(u32))
-            place = np.int64(u32(whole & u32(0x7FFFFFFF)) >> u32(shift)) - lowest
-            place = min(max(place, 0), last)
-            place += (last + 1) * np.int64(whole >> u32(31))
-            codes[i] = codes_of[place] + u8(quotient > limits[place])
+        _of_cells(x, count, divisor, cells, quotients, places, codes)
+
+
+@inline
+def _of_cells(x: Array, count: int, divisor: f32, cells: Any, quotients: Array, places: Array, codes: Array) -> None:
+    """The codes of x / divisor, by cells: first vector instructions, then looking up."""
+    shift, lowest, last, codes_of, limits = cells
+    first, end = i32(lowest), i32(last)
+    for i in range(count):
+        quotient = f32(f32(x[i]) / divisor)
+        quotients[i] = quotient
+        whole = u32(quotient.view(u32))
+        place = i32(i32(u32(u32(whole & u32(0x7FFFFFFF)) >> u32(shift & 31))) - first)
+        place = i32(0) if place < i32(0) else place
+        place = end if place > end else place
+        places[i] = i32(place + (i32(end + i32(1)) if whole > u32(0x7FFFFFFF) else i32(0)))
+    for i in range(count):
+        place = places[i]
+        codes[i] = u32(u32(codes_of[place]) + u32(quotients[i] > limits[place]))
 
 
 @inline
@@ -182,40 +196,50 @@ def _squares(u: Array, count: int, bits: int, limits: Array, values: Array, out:
         for i in range(count):
             nearest = f32(values[0])
             for j in range(15):
-                nearest = f32(values[j + 1]) if u[i] > limits[j] else nearest
+                higher = f32(values[j + 1])
+                nearest = higher if u[i] > limits[j] else nearest
             residual = f32(u[i]) - nearest
             out[i] = residual * residual
     elif bits == 3:
         for i in range(count):
             nearest = f32(values[0])
             for j in range(7):
-                nearest = f32(values[j + 1]) if u[i] > limits[j] else nearest
+                higher = f32(values[j + 1])
+                nearest = higher if u[i] > limits[j] else nearest
             residual = f32(u[i]) - nearest
             out[i] = residual * residual
     else:
         for i in range(count):
             nearest = f32(values[0])
             for j in range(3):
-                nearest = f32(values[j + 1]) if u[i] > limits[j] else nearest
+                higher = f32(values[j + 1])
+                nearest = higher if u[i] > limits[j] else nearest
             residual = f32(u[i]) - nearest
             out[i] = residual * residual
 
 
 @inline
 def _halving_sum(x: Array, size: int) -> f32:
+    """Of a power of two of numbers, at least 16."""
     half = size // 2
-    while half > 0:
+    while half > 8:
         for i in range(half):
             x[i] = x[i] + x[i + half]
         half //= 2
-    return f32(x[0])
+    for i in range(8):  # counts that LLVM knows it unrolls
+        x[i] = x[i] + x[i + 8]
+    for i in range(4):
+        x[i] = x[i] + x[i + 4]
+    for i in range(2):
+        x[i] = x[i] + x[i + 2]
+    return f32(x[0] + x[1])
 
 
 @inline
 def _fit(x: Array, count: int, block_size: int, largest: f32, bits: int, tables: Any, scratch: Any) -> f32:
     """The candidate scale of least squared error."""
-    boundaries, cells, fractions, limits, multiples = tables
-    _, u, squares, codes, _ = scratch
+    fractions, limits, multiples = tables[2], tables[3], tables[4]
+    u, squares, codes = scratch[1], scratch[2], scratch[3]
     if not largest > f32(0):
         return largest
     for i in range(count):
@@ -225,7 +249,7 @@ def _fit(x: Array, count: int, block_size: int, largest: f32, bits: int, tables:
         if bits <= 4:
             _squares(u, count, bits, limits[c], multiples[c], squares)
         else:
-            _nearest(u, count, fractions[c], bits, boundaries, cells, codes)
+            _nearest(u, count, fractions[c], bits, tables, scratch)
             for i in range(count):
                 residual = u[i] - multiples[c, codes[i]]
                 squares[i] = residual * residual
@@ -238,12 +262,13 @@ def _fit(x: Array, count: int, block_size: int, largest: f32, bits: int, tables:
 
 
 @inline
-def _encode(x: Array, count: int, scale: f32, bits: int, tables: Any, codes: Array, packed: Array) -> None:
+def _encode(x: Array, count: int, scale: f32, bits: int, tables: Any, scratch: Any, packed: Array) -> None:
+    codes = scratch[3]
     if scale > f32(0):
-        _nearest(x, count, scale, bits, tables[0], tables[1], codes)
+        _nearest(x, count, scale, bits, tables, scratch)
     else:
         x[0] = f32(0)
-        _nearest(x, 1, f32(1), bits, tables[0], tables[1], codes)
+        _nearest(x, 1, f32(1), bits, tables, scratch)
         for i in range(1, count):
             codes[i] = codes[0]
     for i in range(count, min(count + 8, len(codes))):
@@ -269,7 +294,7 @@ def _quantize(
 ) -> int:
     """Groups of blocks, the first to the last - 1, that would share a maximum."""
     bits, block_size, fitted, double = how
-    x, codes, group_scales = scratch[0], scratch[3], scratch[4]
+    x, group_scales = scratch[0], scratch[6]
     blocks = (row_length + block_size - 1) // block_size
     groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
     row_bytes = (row_length * bits + 7) // 8
@@ -291,7 +316,7 @@ def _quantize(
             else:
                 scales[row * blocks + block] = scale
                 begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, codes, packed[begin : begin + (count * bits + 7) // 8])
+                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
         if double:
             maxima[group] = top
             divisor = top if top > f32(0) else f32(1)
@@ -305,7 +330,7 @@ def _quantize(
                 _load(source, layout, n, row, start, stop, x)
                 scale = f32(f32(f32(code) / f32(255)) * top)
                 begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, codes, packed[begin : begin + (count * bits + 7) // 8])
+                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
     return 0
 
 
@@ -561,8 +586,9 @@ NO_LIMITS = np.empty((0, 0), f32), np.empty((0, 0), f32)
 
 
 def _scratch() -> Scratch:
-    floats = np.empty((3, LARGEST_BLOCK), f32)
-    return (*floats, np.empty(LARGEST_BLOCK + 8, u8), np.empty(SCALE_GROUP, f32))
+    x, units, squares, quotients = np.empty((4, LARGEST_BLOCK), f32)
+    codes, places = np.empty(LARGEST_BLOCK + 8, u8), np.empty(LARGEST_BLOCK, i32)
+    return x, units, squares, codes, quotients, places, np.empty(SCALE_GROUP, f32)
 
 
 def _rows(parts: Any, diagonal: Array, layout: int, how: tuple[int, int, bool, int], out: Tensor) -> None:
