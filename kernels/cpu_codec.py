@@ -66,14 +66,28 @@ def _pack(codes: Array, bits: int, packed: Array) -> None:
         for i in range(size):
             low = u8(codes[4 * i] | u8(codes[4 * i + 1] << u8(2)))
             packed[i] = u8(low | u8(u8(codes[4 * i + 2] << u8(4)) | u8(codes[4 * i + 3] << u8(6))))
-    else:
-        per_word = 8 if bits == 3 else 4  # codes in 3 bytes
-        for word in range((size + 2) // 3):
-            x = u32(0)
+    else:  # in words of 3 bytes
+        words = size // 3
+        if bits == 3:
+            for word in range(words):
+                x = u32(0)
+                for j in range(8):
+                    x = u32(x | u32(u32(codes[8 * word + j]) << u32(3 * j)))
+                for j in range(3):
+                    packed[3 * word + j] = u8(x >> u32(8 * j))
+        else:
+            for word in range(words):
+                x = u32(0)
+                for j in range(4):
+                    x = u32(x | u32(u32(codes[4 * word + j]) << u32(6 * j)))
+                for j in range(3):
+                    packed[3 * word + j] = u8(x >> u32(8 * j))
+        if 3 * words < size:
+            x, per_word = u32(0), 24 // bits
             for j in range(per_word):
-                x = u32(x | u32(u32(codes[word * per_word + j]) << u32(j * bits)))
-            for j in range(min(3, size - 3 * word)):
-                packed[3 * word + j] = u8(x >> u32(8 * j))
+                x = u32(x | u32(u32(codes[words * per_word + j]) << u32(bits * j)))
+            for j in range(size - 3 * words):
+                packed[3 * words + j] = u8(x >> u32(8 * j))
 
 
 @inline
@@ -94,13 +108,27 @@ def _unpack(packed: Array, bits: int, codes: Array) -> None:
             codes[4 * i + 2] = u8(u8(packed[i] >> u8(4)) & u8(3))
             codes[4 * i + 3] = u8(packed[i] >> u8(6))
     else:
-        per_word, mask = (8 if bits == 3 else 4), u32((1 << bits) - 1)
-        for word in range((size + 2) // 3):
-            x = u32(0)
-            for j in range(min(3, size - 3 * word)):
-                x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+        words = size // 3
+        if bits == 3:
+            for word in range(words):
+                x = u32(0)
+                for j in range(3):
+                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+                for j in range(8):
+                    codes[8 * word + j] = u8(u32(x >> u32(3 * j)) & u32(7))
+        else:
+            for word in range(words):
+                x = u32(0)
+                for j in range(3):
+                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+                for j in range(4):
+                    codes[4 * word + j] = u8(u32(x >> u32(6 * j)) & u32(63))
+        if 3 * words < size:
+            x, per_word, mask = u32(0), 24 // bits, u32((1 << bits) - 1)
+            for j in range(size - 3 * words):
+                x = u32(x | u32(u32(packed[3 * words + j]) << u32(8 * j)))
             for j in range(per_word):
-                codes[word * per_word + j] = u8(u32(x >> u32(j * bits)) & mask)
+                codes[words * per_word + j] = u8(u32(x >> u32(bits * j)) & mask)
 
 
 # ---- numbers to codes ------------------------------------------------------------------------------------------------
