@@ -11,9 +11,16 @@ a number x becomes the index of the table value nearest to x / s. The rules that
 
 Codes are packed little-endian: code i of a row occupies the bits [i * bits, (i + 1) * bits) of the row's byte string,
 so 4-bit codes go low nibble first and eight 3-bit codes fill three bytes. Zero bits fill up a row's last byte.
+
+Symmetric matrices have twins of both directions, that read and write the matrices themselves. Of a matrix is coded, by
+layout: "triangle", what lies below the diagonal, row by row, as one row of n (n - 1) / 2 numbers; or "square", its n
+rows, with zeros in the place of the diagonal.
+
+Decoded numbers are rounded once more, to the nearest, ties to even, where bfloat16 is asked for.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,18 +73,23 @@ def _word(bits: int) -> tuple[int, int]:
     return group, group * bits // 8
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, and so of the tables, for numbers of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def quantize_blockwise(
     x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of numbers to packed codes and scales.
 
     Args:
-        x: float32 or float64 [rows, n], finite.
-        values: the ascending code values, [2**bits] in x's dtype.
-        boundaries: the midpoints between them, [2**bits - 1] in x's dtype; infinite between two equal values, so that
-            the second is never taken.
+        x: float32, float64 or bfloat16 [rows, n], finite; bfloat16 counts as float32.
+        values: the ascending code values, [2**bits] in the dtype of the arithmetic: float64 for float64, else float32.
+        boundaries: the midpoints between them, [2**bits - 1] in the same dtype; infinite between two equal values, so
+            that the second is never taken.
         bits: bits per code: 2, 3, 4, 6 or 8.
-        block_size: numbers that share a scale.
+        block_size: numbers that share a scale, a power of two from 16 to 4096.
         fitted: choose each scale by least squared error over ``FIT_CANDIDATES`` instead of the largest magnitude.
         double: store the scales in 8 bits, each ``SCALE_GROUP`` of them along a row sharing one float32.
 
@@ -85,6 +97,7 @@ def quantize_blockwise(
         (codes uint8 [rows, packed_bytes(n, bits)], scales float32 or, if double, uint8 [rows, blocks],
         maxima of the scale groups float32 [rows, ceil(blocks / SCALE_GROUP)], with zero columns unless double).
     """
+    x = x.to(computed_in(x.dtype))
     n = x.shape[-1]
     blocks = pad(x, (0, -n % block_size)).unflatten(-1, (-1, block_size))
     scales = blocks.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max).float()
@@ -109,12 +122,93 @@ def dequantize_blockwise(
     block_size: int,
     n: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The inverse of ``quantize_blockwise``, values[code] * scale: [rows, n] in ``dtype`` (float32 or float64)."""
+    """The inverse of ``quantize_blockwise``: values[code] * scale.
+
+    Args:
+        codes, scales, maxima: what ``quantize_blockwise`` returned of rows of n numbers.
+        values, bits, block_size: as for ``quantize_blockwise``, the values in the arithmetic's dtype of the result.
+        n: numbers in a row.
+        dtype: of the result: float32, float64 or bfloat16.
+        out: [rows, n] in ``dtype``, to be written instead of a new tensor. Default None.
+
+    Returns:
+        [rows, n] in ``dtype``; ``out`` if it was given.
+    """
     if maxima.shape[-1]:
         scales = _dequantize_scales(scales, maxima)
     blocks = pad(values[unpack(codes, bits, n).int()], (0, -n % block_size)).unflatten(-1, (-1, block_size))
-    return (blocks * scales.to(dtype).unsqueeze(-1)).flatten(-2)[..., :n]
+    rows = (blocks * scales.to(values.dtype).unsqueeze(-1)).flatten(-2)[..., :n].to(dtype)
+    return rows if out is None else out.copy_(rows)
+
+
+@lru_cache(maxsize=16)
+def lower(n: int, device: torch.device) -> Tensor:
+    """Flat positions of the strict lower triangle of an n x n matrix, row by row: int64 [n (n - 1) / 2]."""
+    row, column = torch.tril_indices(n, n, -1, device=device)
+    return row * n + column
+
+
+def quantize_symmetric(
+    x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is off the diagonal of matrices to packed codes and scales.
+
+    Args:
+        x: [k, n, n], finite. Of layout "triangle" only what lies below the diagonal is read.
+        layout: "triangle" or "square". The other arguments are those of ``quantize_blockwise``.
+
+    Returns:
+        (codes, scales, maxima) as ``quantize_blockwise``, of rows [k] ("triangle") or [k, n] ("square").
+    """
+    n = x.shape[-1]
+    if layout == "triangle":
+        rows = x.flatten(-2)[:, lower(n, x.device)]
+    else:
+        rows = x.diagonal_scatter(x.new_zeros(x.shape[:-1]), dim1=-2, dim2=-1).flatten(0, 1)
+    parts = quantize_blockwise(rows, values, boundaries, bits, block_size, fitted, double)
+    codes, scales, maxima = (part if layout == "triangle" else part.unflatten(0, x.shape[:-1]) for part in parts)
+    return codes, scales, maxima
+
+
+def dequantize_symmetric(
+    codes: Tensor,
+    scales: Tensor,
+    maxima: Tensor,
+    diagonal: Tensor,
+    values: Tensor,
+    bits: int,
+    block_size: int,
+    layout: str,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The inverse of ``quantize_symmetric``, with a diagonal written in.
+
+    Args:
+        codes, scales, maxima: what ``quantize_symmetric`` returned for the same layout.
+        diagonal: floating [k, n]; rounded to ``dtype``.
+        values, bits, block_size: as for ``dequantize_blockwise``.
+        layout: "triangle" (the result is symmetric) or "square".
+        dtype: of the result: float32, float64 or bfloat16.
+        out: [k, n, n] in ``dtype``, to be written instead of a new tensor. Default None.
+
+    Returns:
+        [k, n, n] in ``dtype``; ``out`` if it was given.
+    """
+    k, n = diagonal.shape
+    whole = diagonal.new_empty((k, n, n), dtype=dtype) if out is None else out
+    if layout == "triangle":
+        rest = dequantize_blockwise(codes, scales, maxima, values, bits, block_size, n * (n - 1) // 2, dtype)
+        row, column = lower(n, rest.device) // max(n, 1), lower(n, rest.device) % max(n, 1)
+        whole[:, row, column] = rest
+        whole[:, column, row] = rest
+    else:
+        parts = (part.flatten(0, 1) for part in (codes, scales, maxima))
+        whole.copy_(dequantize_blockwise(*parts, values, bits, block_size, n, dtype).view(k, n, n))
+    whole.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    return whole
 
 
 def _nearest(blocks: Tensor, scales: Tensor, boundaries: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit_optim import kernels
-from lowbit_optim.kernels import cpu, first_order
+from lowbit_optim.kernels import cpu, cpu_steps, first_order
 from lowbit_optim.kernels.first_order import (
     BLOCK,
     FRACTION,
@@ -31,7 +31,7 @@ from lowbit_optim.kernels.first_order import (
 )
 from lowbit_optim.kernels.reference import unpack
 
-BACKENDS = {"cpu": cpu}
+BACKENDS = {"cpu": cpu_steps}
 SETTINGS = {
     "adamw": {
         "beta1": 0.9,
@@ -220,7 +220,7 @@ def test_autograd_sees_that_a_parameter_was_written():
 
 def big(bits=8, dtype=torch.float32):
     """One step of more than one chunk of work, beside small ones."""
-    blocks = 2 * cpu.CHUNK + 5
+    blocks = 2 * cpu_steps.CHUNK + 5
     return [steps_of("adamw", dtype, bits, rows, n, ordinary, 1)[0] for rows, n in [(blocks, 100), (3, 40), (1, 700)]]
 
 
@@ -237,11 +237,11 @@ def _two_threads():
 def test_the_number_of_threads_changes_nothing(bits):
     two = big(bits)
     three, one, oracle = ([copied(step) for step in two] for _ in range(3))
-    cpu.take(two)
+    cpu_steps.take(two)
     torch.set_num_threads(3)
-    cpu.take(three)
+    cpu_steps.take(three)
     torch.set_num_threads(1)
-    cpu.take(one)
+    cpu_steps.take(one)
     first_order.take(oracle)
     for batch in (two, three, one):
         for step, expected in zip(batch, oracle, strict=True):
@@ -258,7 +258,7 @@ def test_two_threads_step_at_once():
 
     def step(batch):
         barrier.wait()
-        cpu.take(batch)
+        cpu_steps.take(batch)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(step, mine))
@@ -277,12 +277,12 @@ def test_a_forked_child_has_threads_of_its_own():
     for step in child_batch:
         for x in tensors(step).values():
             x.share_memory_()
-    cpu.take(batch)  # the parent's threads are there
+    cpu_steps.take(batch)  # the parent's threads are there
     child = os.fork()
     if not child:
         status = 1
         try:
-            cpu.take(child_batch)
+            cpu_steps.take(child_batch)
             status = 0
         finally:
             os._exit(status)
@@ -297,9 +297,9 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
     def fail(*arguments):
         raise ValueError("from a kernel")
 
-    monkeypatch.setitem(cpu.KERNELS, "adamw", fail)
+    monkeypatch.setitem(cpu_steps.KERNELS, "adamw", fail)
     with pytest.raises(ValueError, match="from a kernel"):
-        cpu.take(big())
+        cpu_steps.take(big())
 
 
 # ------------------------------------------------------------------------------------------------- the dispatch
@@ -312,23 +312,23 @@ def test_take_steps_chooses_a_backend_for_each_step(monkeypatch):
         taken.append([step.parameter.dtype for step in steps])
         return first_order.take(steps)
 
-    monkeypatch.setattr(cpu, "take", recording)
-    kernels._backend.cache_clear()
+    monkeypatch.setattr(cpu_steps, "take", recording)
+    kernels.backend.cache_clear()
     batch = [steps_of("sgd", dtype, 8, 2, 40, nasty, 1)[0] for dtype in DTYPES.values()]
     wide = batch[0]._replace(parameter=batch[0].parameter.double())
     expected = first_order.take([copied(step) for step in (batch[0], wide, *batch[1:])])
     bad = kernels.take_steps([batch[0], wide, *batch[1:]])
-    kernels._backend.cache_clear()
+    kernels.backend.cache_clear()
     assert taken == [list(DTYPES.values())]
     assert [x.item() for x in bad] == [x.item() for x in expected]
 
 
 def test_without_numba_the_specification_steps(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "lowbit_optim.kernels.cpu", None)
-    kernels._backend.cache_clear()
-    assert kernels._backend("cpu", torch.float32) is first_order.take
-    kernels._backend.cache_clear()
-    assert "steps on cpu are slow" in caplog.text
+    monkeypatch.setitem(sys.modules, "lowbit_optim.kernels.cpu_steps", None)
+    kernels.backend.cache_clear()
+    assert kernels.backend("steps", torch.device("cpu"), torch.float32) is first_order
+    kernels.backend.cache_clear()
+    assert "the plain torch reference runs on cpu" in caplog.text
 
 
 def test_importing_the_package_imports_no_numba():
@@ -351,7 +351,7 @@ def test_where_nothing_can_be_kept_on_disk_kernels_compile_all_the_same(monkeypa
     def double(x: float) -> float:
         return x + x
 
-    assert cpu._kernel(double)(2.0) == 4.0
+    assert cpu.kernel(double)(2.0) == 4.0
 
 
 # ------------------------------------------------------------------------------------------------- the specification

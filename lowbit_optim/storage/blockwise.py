@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim import kernels
-from lowbit_optim.kernels.reference import SCALE_GROUP
+from lowbit_optim.kernels.reference import SCALE_GROUP, computed_in
 from lowbit_optim.storage.codebooks import cell_errors, codebook, table
 
 # Rows shorter than this keep their numbers: the scale and the padding would cost more than the codes save.
@@ -59,33 +59,61 @@ class Quantization:
             "codes" uint8 [..., ceil(n * bits / 8)], "scales" float32 [..., blocks]; with ``double`` the scales are
             uint8 and "scale_maxima" float32 [..., ceil(blocks / 256)] stands beside them.
         """
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-        values, boundaries = table(self.codebook, self.bits, rows.dtype, rows.device)
-        codes, scales, maxima = kernels.quantize_blockwise(
-            rows, values, boundaries, self.bits, self.block_size, self.scale == "fitted", self.double
-        )
-        parts = {"codes": codes, "scales": scales} | ({"scale_maxima": maxima} if self.double else {})
+        rows = _codable(x).reshape(x.shape[:-1].numel(), x.shape[-1])
+        parts = self._named(kernels.quantize_blockwise(rows, *self._how(rows)))
         return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
 
+    def encode_symmetric(self, x: Tensor, layout: str) -> Parts:
+        """Quantize what is off the diagonal of floating [k, n, n], finite; ``layout`` is one of ``Symmetric``'s.
+
+        Returns:
+            The parts that ``encode`` makes of rows [k, n (n - 1) / 2] ("triangle") or [k, n, n] ("square").
+        """
+        x = _codable(x)
+        return self._named(kernels.quantize_symmetric(x, *self._how(x), layout))
+
     def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32 or float64)."""
-        return self._look_up(parts, n, table(self.codebook, self.bits, dtype, parts["codes"].device).values)
+        """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32, float64 or bfloat16)."""
+        return self._look_up(
+            parts, n, table(self.codebook, self.bits, computed_in(dtype), parts["codes"].device).values, dtype
+        )
+
+    def decode_symmetric(
+        self, parts: Parts, diagonal: Tensor, layout: str, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """What ``encode_symmetric`` kept, with this diagonal [k, n]: [k, n, n] in ``dtype``, into ``out`` if given."""
+        values = table(self.codebook, self.bits, computed_in(dtype), diagonal.device).values
+        how = values, self.bits, self.block_size, layout, dtype
+        return kernels.dequantize_symmetric(*self._split(parts), diagonal, *how, out)
 
     def rounding_error(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``.
 
         It is that of numbers spread evenly over the cells of their codes.
         """
-        return self._look_up(parts, n, cell_errors(self.codebook, self.bits, dtype, parts["codes"].device))
+        return self._look_up(parts, n, cell_errors(self.codebook, self.bits, dtype, parts["codes"].device), dtype)
 
-    def _look_up(self, parts: Parts, n: int, values: Tensor) -> Tensor:
-        """For each code its entry of ``values``, times the scale, [..., n]."""
-        codes, scales, dtype = parts["codes"], parts["scales"], values.dtype
-        lead = codes.shape[:-1]
-        maxima = parts["scale_maxima"] if self.double else scales.new_empty((*lead, 0), dtype=torch.float32)
-        codes, scales, maxima = (part.reshape(lead.numel(), part.shape[-1]) for part in (codes, scales, maxima))
+    def _look_up(self, parts: Parts, n: int, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """For each code its entry of ``values``, times the scale, [..., n] in ``dtype``."""
+        lead = parts["codes"].shape[:-1]
+        codes, scales, maxima = (part.reshape(lead.numel(), part.shape[-1]) for part in self._split(parts))
         rows = kernels.dequantize_blockwise(codes, scales, maxima, values, self.bits, self.block_size, n, dtype)
         return rows.reshape(*lead, n)
+
+    def _how(self, x: Tensor) -> tuple[Tensor, Tensor, int, int, bool, bool]:
+        """The arguments that say how x becomes codes."""
+        tables = table(self.codebook, self.bits, computed_in(x.dtype), x.device)
+        return *tables, self.bits, self.block_size, self.scale == "fitted", self.double
+
+    def _named(self, parts: tuple[Tensor, Tensor, Tensor]) -> Parts:
+        codes, scales, maxima = parts
+        return {"codes": codes, "scales": scales} | ({"scale_maxima": maxima} if self.double else {})
+
+    def _split(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales and maxima."""
+        codes, scales = parts["codes"], parts["scales"]
+        maxima = parts["scale_maxima"] if self.double else scales.new_empty((*codes.shape[:-1], 0), dtype=torch.float32)
+        return codes, scales, maxima
 
     def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Parts:
         """The parts of zeros of ``shape`` (a zero scale decodes to zeros whatever the codes are)."""
@@ -99,6 +127,11 @@ class Quantization:
         if self.double:
             parts["scale_maxima"] = torch.zeros(*lead, -(-blocks // SCALE_GROUP), device=device)
         return parts
+
+
+def _codable(x: Tensor) -> Tensor:
+    """x in a dtype that kernels take: bfloat16 as it is, others in at least float32."""
+    return x if x.dtype == torch.bfloat16 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # How numbers are kept: as codes, rounded to a dtype, or as they are in at least float32.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit_optim.kernels.reference import lower
 from lowbit_optim.linalg import (
     damped,
     finite,
@@ -17,7 +18,6 @@ from lowbit_optim.linalg import (
 )
 from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, zeros
 from lowbit_optim.storage.factors import Coded, State, counters, put, take
-from lowbit_optim.storage.symmetric import lower
 
 
 @dataclass(frozen=True)

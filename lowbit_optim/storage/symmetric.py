@@ -1,21 +1,14 @@
 """A symmetric matrix as a full-precision diagonal and its packed off-diagonal part."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lowbit_optim.storage.blockwise import Codec, Parts, decode, encode, rounding_error, zeros
+from lowbit_optim.kernels.reference import computed_in, lower
+from lowbit_optim.storage.blockwise import Codec, Parts, Quantization, decode, encode, rounding_error, zeros
 
 LAYOUTS = ("triangle", "square")
-
-
-@lru_cache(maxsize=16)
-def lower(n: int, device: torch.device) -> Tensor:
-    """Flat positions of the strict lower triangle of an n x n matrix, row by row: int64 [n (n - 1) / 2]."""
-    row, column = torch.tril_indices(n, n, -1, device=device)
-    return row * n + column
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,8 @@ class Symmetric:
         The diagonal is float32, or of x's dtype where codec is None.
         """
         diagonal = x.diagonal(dim1=-2, dim2=-1).to(self._diagonal_dtype(x.dtype), copy=True)
+        if isinstance(self.codec, Quantization) and not self.correlations:
+            return {"diagonal": diagonal, **self.codec.encode_symmetric(x, self.layout)}
         if self.correlations:
             x = x / _scales(diagonal, x.dtype)
         if self.layout == "triangle":
@@ -58,10 +53,18 @@ class Symmetric:
             rest = x - torch.diag_embed(x.diagonal(dim1=-2, dim2=-1))
         return {"diagonal": diagonal, **encode(rest, self.codec)}
 
-    def decode(self, parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32 or float64)."""
-        diagonal = parts["diagonal"].to(dtype)
-        return self._whole(decode(parts, self.codec, self._row(diagonal.shape[-1]), dtype), diagonal, diagonal)
+    def decode(self, parts: Parts, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32, float64 or bfloat16).
+
+        Args:
+            out: [k, n, n] in ``dtype``, to be written and returned instead of a new tensor. Default None.
+        """
+        diagonal = parts["diagonal"]
+        if isinstance(self.codec, Quantization) and not self.correlations:
+            return self.codec.decode_symmetric(parts, diagonal, self.layout, dtype, out)
+        rest = decode(parts, self.codec, self._row(diagonal.shape[-1]), computed_in(dtype))
+        whole = self._whole(rest, diagonal.to(rest.dtype), diagonal.to(rest.dtype)).to(dtype)
+        return whole if out is None else out.copy_(whole)
 
     def rounding_error(self, parts: Parts) -> Tensor:
         """How far ``decode`` is off, estimated: the error's Frobenius norm relative to that of the matrix, [k]."""
