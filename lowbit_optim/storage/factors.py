@@ -238,7 +238,8 @@ class Coded(Factor):
     name: ClassVar[str] = "root"  # of that matrix in the state
 
     def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        root = self.codec.decode(take(self.name, state), dtype)
+        wide = None if out is None or out.dtype != dtype else out
+        root = self.codec.decode(take(self.name, state), dtype, wide)
         return without_scale(root, root if out is None else out)
 
     def rounding_error(self, state: State) -> Tensor:

@@ -60,7 +60,10 @@ class Root(Coded):
 
     def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rms = state["rms"].to(dtype)
-        root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
+        if out is not None and self._is_kept:
+            root = self.codec.decode(take(self.name, state), out.dtype, out)
+        else:
+            root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
         scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power)
         return root, scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
 
@@ -73,6 +76,11 @@ class Root(Coded):
     @property
     def _q(self) -> int:
         return self.stored_power or self.power * max(1, 2 ** math.ceil(math.log2(4 / self.power)))
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether X is the root itself."""
+        return self._q == self.power
 
     @property
     def _floor(self) -> float:
@@ -124,7 +132,7 @@ class Root(Coded):
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         """A^(-1/p) from X."""
-        return x if self._q == self.power else torch.linalg.matrix_power(x, self._q // self.power)
+        return x if self._is_kept else torch.linalg.matrix_power(x, self._q // self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +146,8 @@ class Logarithm(Root):
 
     name: ClassVar[str] = "logarithm"
     root_needs: ClassVar[tuple[str, ...]] = ("rms", "logarithm")
+
+    _is_kept: ClassVar[bool] = False
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         state = super().init(blocks, order, dtype, device)
