@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The codec in Triton, for CUDA and ROCm: the same codes, scales and numbers as ``reference``, bit for bit.
 
-Along rows, a program takes some whole blocks, about ``NUMBERS`` numbers: 16 for each of 128 threads, so that a GPU's
-multiprocessor has 128 KiB of float32 under way and registers are left for the search of a scale. Where the last block
-of a row is short, its end is masked. Tables of values and boundaries are read through the first-level cache, where they
-stay; one of 16 values is half a line of it.
+Along rows, a program takes some whole blocks, ``NUMBERS`` numbers or one block: 16 for each thread, four loads of 16
+bytes, so that enough is under way even where the search of a scale leaves registers for few threads. Where the last
+block of a row is short, its end is masked. Tables of values and boundaries are read through the first-level cache,
+where they stay; one of 16 values is half a line of it.
 
 A triangle is decoded in square tiles of ``SIDE``: each code is read once, a tile is transposed in shared memory, and
 both halves of the matrix are written along rows. (To decode a tile of the upper half from the codes would be to read
@@ -74,20 +74,20 @@ def _numbers(
     else:
         numbers = widen(tl.load(x + (row * n + first) + within, inside, other=0))
     if LAYOUT == "square":
-        numbers = tl.where(within == (row % n - first).to(tl.int32), 0.0, numbers)
+        numbers = tl.where(within == (row.to(tl.int32) % n - first).to(tl.int32), 0.0, numbers)
     return numbers, inside
 
 
 @triton.jit
 def _words(codes, rows, n, per_row, row_bytes, BITS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """The addresses of the program's words, as many codes as fill whole bytes; and how many bytes of the row are left
-    there."""
+    """Of the program's words, as many codes as fill whole bytes, the addresses, and which bytes of those of the blocks
+    they start at; of the blocks, how many bytes they have, [TILE, 1]."""
     CODES: tl.constexpr = 8 if BITS == 3 else 4 if BITS == 6 else 8 // BITS
     row, column, _ = _blocks(rows, n, per_row, TILE, WIDTH)
     first = column * (WIDTH * BITS // 8)
     left = tl.where(row < rows, tl.minimum(row_bytes - first, WIDTH * BITS // 8), 0).to(tl.int32)
     within = tl.arange(0, WIDTH // CODES)[None, :] * (CODES * BITS // 8)
-    return codes + (row * row_bytes + first)[:, None] + within, left[:, None] - within
+    return codes + (row * row_bytes + first)[:, None] + within, within, left[:, None]
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------
@@ -194,22 +194,21 @@ def _quantize(
         if (BITS << i) % 8:  # no whole bytes yet: join two neighbours
             low, high = tl.split(word.reshape(TILE, (WIDTH >> i) // 2, 2))
             word = low | (high << (BITS << i))
-    place, left = _words(codes, rows, n, per_row, row_bytes, BITS, TILE, WIDTH)
+    place, byte, left = _words(codes, rows, n, per_row, row_bytes, BITS, TILE, WIDTH)
     for i in tl.static_range(3 if BITS == 3 or BITS == 6 else 1):
-        tl.store(place + i, (word >> (8 * i)).to(tl.uint8), left > i)
+        tl.store(place + i, (word >> (8 * i)).to(tl.uint8), byte + i < left)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def _dequantize(
-    codes, scales, maxima, values, diagonal, out, rows, n, per_row, groups, row_bytes,
-    BITS: tl.constexpr, DOUBLE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr,
+    codes, scales, maxima, values, out, rows, n, per_row, groups, row_bytes,
+    BITS: tl.constexpr, DOUBLE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Numbers along rows; of matrices, the diagonal is given."""
-    place, left = _words(codes, rows, n, per_row, row_bytes, BITS, TILE, WIDTH)
-    word = tl.load(place, left > 0, other=0)
+    place, byte, left = _words(codes, rows, n, per_row, row_bytes, BITS, TILE, WIDTH)
+    word = tl.load(place, byte < left, other=0)
     if BITS == 3 or BITS == 6:
-        word = word.to(tl.int32) | (tl.load(place + 1, left > 1, other=0).to(tl.int32) << 8)
-        word |= tl.load(place + 2, left > 2, other=0).to(tl.int32) << 16
+        word = word.to(tl.int32) | (tl.load(place + 1, byte + 1 < left, other=0).to(tl.int32) << 8)
+        word |= tl.load(place + 2, byte + 2 < left, other=0).to(tl.int32) << 16
     for i in tl.static_range(2, -1, -1):
         if (BITS << i) % 8:  # two or more codes: part the upper half from the lower
             word = tl.interleave(word, word >> (BITS << i))
@@ -218,9 +217,6 @@ def _dequantize(
     scale = _scale(scales + (row * per_row + column), group, count > 0, DOUBLE)
     numbers = tl.load(values + (word & (2**BITS - 1)).to(tl.int32)) * scale[:, None]
     first, within = column * WIDTH, tl.arange(0, WIDTH)[None, :]
-    if LAYOUT == "square":
-        given = widen(tl.load(diagonal + row, count > 0, other=0))
-        numbers = tl.where(within == (row % n - first).to(tl.int32)[:, None], given[:, None], numbers)
     numbers = narrow(numbers, out.dtype.element_ty)
     tl.store(out + (row * n + first)[:, None] + within, numbers, within < count[:, None])
 
@@ -260,8 +256,8 @@ def _dequantize_triangle(
         numbers = tl.where(column < row, numbers, tl.where(column > row, mirrored, given))
     else:
         row_of_mirrored, column_of_mirrored = left + tl.arange(0, SIDE)[:, None], top + within
-        place = out + row_of_mirrored.to(tl.int64) * order + column_of_mirrored
-        tl.store(place, mirrored, column_of_mirrored < order)
+        upper = out + row_of_mirrored.to(tl.int64) * order + column_of_mirrored
+        tl.store(upper, mirrored, column_of_mirrored < order)
     tl.store(out + wide * order + column, numbers, (row < order) & (column < order))
 
 
@@ -299,8 +295,13 @@ def dequantize_blockwise(
     out: Tensor | None = None,
 ) -> Tensor:
     """``reference.dequantize_blockwise`` to float32, bfloat16 or float16; all tensors are contiguous."""
-    out = codes.new_empty((codes.shape[0], n), dtype=dtype) if out is None else out
-    _decode(codes, scales, maxima, None, values, bits, block_size, n, "rows", out)
+    rows, blocks, groups = len(codes), scales.shape[-1], maxima.shape[-1]
+    out = codes.new_empty((rows, n), dtype=dtype) if out is None else out
+    if out.numel():
+        grid, tile = _tiling(rows * blocks, block_size)
+        with torch.cuda.device_of(out):
+            tensors, sizes = (codes, scales, maxima, values, out), (rows, n, blocks, groups, codes.shape[-1])
+            _dequantize[grid](*tensors, *sizes, BITS=bits, DOUBLE=groups > 0, **tile)
     return out
 
 
@@ -320,20 +321,17 @@ def dequantize_symmetric(
     k, order = diagonal.shape
     out = codes.new_empty((k, order, order), dtype=dtype) if out is None else out
     if layout == "square":
-        _decode(codes, scales, maxima, diagonal, values, bits, block_size, order, layout, out)
+        parts = (part.flatten(0, 1) for part in (codes, scales, maxima))
+        dequantize_blockwise(*parts, values, bits, block_size, order, dtype, out.view(k * order, order))
+        out.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     elif out.numel():
         side = triton.cdiv(order, SIDE.value)
         tiles = side * (side + 1) // 2
+        how = {"BITS": bits, "DOUBLE": maxima.shape[-1] > 0, "WIDTH": block_size}
         with torch.cuda.device_of(out):
-            _dequantize_triangle[(k * tiles,)](
-                *(codes, scales, maxima, values, diagonal, out),
-                *(tiles, scales.shape[-1], maxima.shape[-1], codes.shape[-1], order),
-                BITS=bits,
-                DOUBLE=maxima.shape[-1] > 0,
-                WIDTH=block_size,
-                num_warps=8,
-                enable_fp_fusion=False,
-            )
+            tensors = (codes, scales, maxima, values, diagonal, out)
+            sizes = (tiles, scales.shape[-1], maxima.shape[-1], codes.shape[-1], order)
+            _dequantize_triangle[(k * tiles,)](*tensors, *sizes, **how, num_warps=8, enable_fp_fusion=False)
     return out
 
 
@@ -363,37 +361,9 @@ def _encode(
                 measured = torch.empty_like(scales, dtype=torch.float32)
                 _measure[grid](x, values, boundaries, measured, rows, n, blocks, x.shape[-1], **how)
                 _quantize_scales[(rows * groups,)](measured, scales, maxima, blocks, groups, enable_fp_fusion=False)
-            tensors = (x, values, boundaries, codes, scales, maxima)
-            sizes = (rows, n, blocks, groups, codes.shape[-1], x.shape[-1])
-            _quantize[grid](*tensors, *sizes, DOUBLE=double, **how)
+            tensors, sizes = (x, values, boundaries, codes, scales, maxima), (rows, n, blocks, groups)
+            _quantize[grid](*tensors, *sizes, codes.shape[-1], x.shape[-1], DOUBLE=double, **how)
     return codes, scales, maxima
-
-
-def _decode(
-    codes: Tensor,
-    scales: Tensor,
-    maxima: Tensor,
-    diagonal: Tensor | None,
-    values: Tensor,
-    bits: int,
-    block_size: int,
-    n: int,
-    layout: str,
-    out: Tensor,
-) -> None:
-    """Rows of n numbers into ``out``."""
-    if out.numel():
-        rows, blocks, groups = out.numel() // n, scales.shape[-1], maxima.shape[-1]
-        grid, tile = _tiling(rows * blocks, block_size)
-        with torch.cuda.device_of(out):
-            _dequantize[grid](
-                *(codes, scales, maxima, values, diagonal, out),
-                *(rows, n, blocks, groups, codes.shape[-1]),
-                BITS=bits,
-                DOUBLE=groups > 0,
-                LAYOUT=layout,
-                **tile,
-            )
 
 
 def _tiling(blocks: int, block_size: int) -> tuple[tuple[int], dict[str, Any]]:
