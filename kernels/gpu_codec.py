@@ -27,7 +27,6 @@ from lowbit_optim.kernels.reference import FIT_CANDIDATES, SCALE_GROUP, packed_b
 NUMBERS = 2048
 SIDE = tl.constexpr(64)
 GROUP = tl.constexpr(SCALE_GROUP)
-_MAX = tl.constexpr(torch.finfo(torch.float32).max)
 _CANDIDATES = tl.constexpr(len(FIT_CANDIDATES))
 _FIRST, _APART = tl.constexpr(FIT_CANDIDATES[0]), tl.constexpr(FIT_CANDIDATES[0] - FIT_CANDIDATES[1])
 _ROUND = tl.constexpr(2.0**23)  # the float32 x + 2^23 is an integer, the nearest one or of two the even one
@@ -52,12 +51,12 @@ def _blocks(rows, n, per_row, TILE: tl.constexpr, WIDTH: tl.constexpr):
 def _corner(p):
     """Row r and column c of number p of a strict lower triangle, counted along rows: p = r (r - 1) / 2 + c, c < r.
 
-    The root in float32 errs by less than 1 up to row 2^22. Where the product overflows, the difference does so, too.
+    Up to row 2^22 the root in float32 may make r one too large, and never too small. Where the product overflows, the
+    difference is right again.
     """
     r = (tl.sqrt_rn(p.to(tl.float32) * 8 + 1) * 0.5 + 0.5).to(p.dtype)
     c = p - (r >> 1) * ((r - 1) | 1)
-    r, c = tl.where(c < 0, r - 1, r), tl.where(c < 0, c + r - 1, c)
-    return tl.where(c < r, r, r + 1), tl.where(c < r, c, c - r)
+    return tl.where(c < 0, r - 1, r), tl.where(c < 0, c + r - 1, c)
 
 
 @triton.jit
@@ -130,7 +129,7 @@ def _fit(
     BITS: tl.constexpr, FITTED: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The scale of each block, float32 [TILE], before it is coded."""
-    largest = tl.minimum(greatest(x), _MAX, tl.PropagateNan.ALL)
+    largest = greatest(x)
     if FITTED:
         units = tl.div_rn(x, tl.where(largest > 0, largest, 1.0)[:, None])
         best, least = tl.full([TILE], 1.0, tl.float32), tl.full([TILE], float("inf"), tl.float32)
