@@ -320,8 +320,9 @@ def dequantize_symmetric(
     k, order = diagonal.shape
     out = codes.new_empty((k, order, order), dtype=dtype) if out is None else out
     if layout == "square":
-        parts = (part.flatten(0, 1) for part in (codes, scales, maxima))
-        dequantize_blockwise(*parts, values, bits, block_size, order, dtype, out.view(k * order, order))
+        codes, scales, maxima = (part.flatten(0, 1) for part in (codes, scales, maxima))
+        rows = out.view(k * order, order)
+        dequantize_blockwise(codes, scales, maxima, values, bits, block_size, order, dtype, rows)
         out.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     elif out.numel():
         side = triton.cdiv(order, SIDE.value)
