@@ -35,6 +35,43 @@ _KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # as torch's clamp does
 _PLAIN = ("bad", "rows", "parameter_key", "moment_key")
 
 
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def widen(x):
+    """Numbers as float32."""
+    if x.dtype == tl.bfloat16:
+        numbers = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        numbers = x.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 numbers in another dtype: to nearest, halves to even."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        numbers = _cut(x, bits + 0x7FFF + ((bits >> 16) & 1))
+    else:
+        numbers = x.to(dtype)
+    return numbers
+
+
+@triton.jit
+def _cut(x, bits):
+    """The upper halves of bits, the sum of those of x and of less than 2^16, as bfloat16."""
+    upper = tl.where(x == x, bits >> 16, 0x7FC0)  # the sum would make some NaN infinite or zero
+    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def greatest(x):
+    """The greatest magnitude of each row, or NaN: above zero, numbers are in the order of their bits."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -57,12 +94,7 @@ def _places(rows, size, WIDTH: tl.constexpr):
 def _load(data, rows, n):
     """Numbers of the parameter's shape, float32 [TILE, BLOCK]; zeros outside."""
     place, inside = _places(rows, n, BLOCK)
-    x = tl.load(data + place, inside, other=0)
-    if x.dtype == tl.bfloat16:
-        numbers = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        numbers = x.to(tl.float32)
-    return numbers
+    return widen(tl.load(data + place, inside, other=0))
 
 
 @triton.jit
@@ -127,12 +159,6 @@ def _store(data, scales, codes, scale, rows, n, half, BITS: tl.constexpr):
 
 
 @triton.jit
-def _greatest(x):
-    """The greatest magnitude of each block, or NaN: above zero, numbers are in the order of their bits."""
-    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _keep(data, scales, x, rows, n, half, feedback, BITS: tl.constexpr):
     """Put a signed moment's new numbers, float32 [TILE, BLOCK], into it; returns x + feedback (x - what is kept)."""
     place, inside = _places(rows, n, BLOCK)
@@ -141,7 +167,7 @@ def _keep(data, scales, x, rows, n, half, feedback, BITS: tl.constexpr):
         step = x
     else:
         x = tl.where(inside, x, 0.0)
-        scale = tl.div_rn(_greatest(x), _LARGEST_4 if BITS == 4 else _LARGEST_8)
+        scale = tl.div_rn(greatest(x), _LARGEST_4 if BITS == 4 else _LARGEST_8)
         each = scale[:, None]
         units = tl.where(each > 0, tl.div_rn(tl.abs(x), tl.where(each > 0, each, 1.0)), 0.0)
         if BITS == 4:
@@ -167,7 +193,7 @@ def _encode(data, scales, x, key, rows, n, half, BITS: tl.constexpr):
         tl.store(data + place, x, inside)
     else:
         x = tl.where(inside, x, 0.0)
-        scale = _greatest(x)
+        scale = greatest(x)
         each = scale[:, None]
         units = tl.where(each > 0, tl.div_rn(x, tl.where(each > 0, each, 1.0)), 0.0)
         lies = (units.to(tl.uint32, bitcast=True) + (_random(key, place) & ((1 << (23 - F)) - 1))) >> (23 - F)
@@ -193,16 +219,12 @@ def _finite(gradient, bad, rows, n, sign):
 def _write(parameter, x, key, rows, n, stochastic: tl.constexpr):
     """Round x to the parameter's dtype; bfloat16 at random if ``stochastic``."""
     place, inside = _places(rows, n, BLOCK)
-    if parameter.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        if stochastic:
-            more = _random(key, place) & 0xFFFF
-        else:
-            more = 0x7FFF + ((bits >> 16) & 1)  # to nearest, halves to even
-        bits = tl.where(x == x, (bits + more) >> 16, 0x7FC0)  # the sum would make some NaN infinite or zero
-        tl.store(parameter + place, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), inside)
+    dtype: tl.constexpr = parameter.dtype.element_ty
+    if stochastic and dtype == tl.bfloat16:
+        numbers = _cut(x, x.to(tl.uint32, bitcast=True) + (_random(key, place) & 0xFFFF))
     else:
-        tl.store(parameter + place, x.to(parameter.dtype.element_ty), inside)
+        numbers = narrow(x, dtype)
+    tl.store(parameter + place, numbers, inside)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------

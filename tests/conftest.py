@@ -1,8 +1,11 @@
 """Settings of every test run."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
+import numpy as np
+import pytest
 import torch
 
 pytest_plugins = ["tests.conformance", "pytester"]
@@ -17,3 +20,10 @@ torch.set_num_threads(1)
 # Triton reads this when it is imported: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def silent_numpy() -> Iterator[None]:
+    """Triton's interpreter computes with NumPy, which warns where a GPU is silent."""
+    with np.errstate(all="ignore"):
+        yield

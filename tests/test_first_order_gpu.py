@@ -5,10 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,16 +17,11 @@ from lowbit_optim.kernels import first_order, gpu
 from lowbit_optim.kernels.first_order import Moment, Step
 from tests.first_order_steps import MOMENTS, SETTINGS
 
+pytestmark = pytest.mark.usefixtures("silent_numpy")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on "cpu" tests/conftest.py asked for the interpreter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INFINITY, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True)
-def silent_numpy() -> Iterator[None]:
-    """The interpreter computes with NumPy, which warns where a GPU is silent."""
-    with np.errstate(all="ignore"):
-        yield
 
 
 def on_device(step: Step) -> Step:
@@ -185,7 +179,7 @@ def test_assembly_is_ieee(tmp_path):
     """What the interpreter cannot show, of GPUs that need not be there: no kernel fuses, approximates or flushes
     subnormal numbers, and none is compiled again for another key or another step size."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.triton_targets"]
+    command = [sys.executable, "-m", "tests.triton_targets", "steps"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cuda, hip = json.loads(done.stdout)
