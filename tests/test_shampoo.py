@@ -315,3 +315,18 @@ def test_the_default_decay_is_shorter_for_codes_of_one_bit(settings, beta):
     )
     assert np.array_equal(by_default, as_said)
     assert not np.array_equal(by_default, other)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+def test_a_compiled_step_is_the_step():
+    def train(compiled):
+        parameters = [nn.Parameter(random(70, 66, seed=seed)) for seed in range(2)]
+        optimizer = Shampoo(parameters, statistics_frequency=2, base_bits=8)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(5):
+            for parameter in parameters:
+                parameter.grad = random(70, 66, seed=100 * seed)
+            step()
+        return parameters
+
+    assert same(train(False), train(True))

@@ -122,10 +122,12 @@ class Bucket:
 
     def scatter(self, blocks: Tensor) -> None:
         """Write the blocks into the gradients, which stay below ``LARGEST`` and what their dtype can hold."""
+        blocks.clamp_(-LARGEST, LARGEST)
         for unit, cut, own in zip(self.units, self.blockings, blocks.split(self.counts), strict=True):
             gradients = [parameter.grad for parameter in unit]
             limit = min([LARGEST, *(torch.finfo(g.dtype).max for g in gradients if g is not None)])
-            own.clamp_(-limit, limit)
+            if limit < LARGEST:
+                own.clamp_(-limit, limit)
             if len(gradients) == 1:
                 assert gradients[0] is not None
                 cut.write(own, gradients[0])
