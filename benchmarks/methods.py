@@ -23,6 +23,7 @@ from lowbit_optim.shapes import gpt2, resnet50, vit_s
 NEVER = 10**9  # a period that does not end
 ABSENT = ("Distributed Shampoo", "kfac-pytorch", "SOAP's reference implementation")
 WORKSPACE = 256 * 2**20
+FLOOR = "its matmuls"  # the row of what a step cannot do without
 
 Shape = tuple[int, ...]
 Kind = Literal["ordinary", "statistics", "root"]
@@ -51,7 +52,9 @@ SETS: dict[str, Callable[[], list[Shape]]] = {
     "resnet50": lambda: list(resnet50().values()),
     "vit-s": lambda: list(vit_s().values()),
     "llama-1b layer": _llama_1b_layer,
+    "tiny": lambda: [(96, 64), (64, 64), (64,)],  # to see that everything runs
 }
+FULL = ("gpt", "tiny")  # those that are small enough for every row
 
 
 @dataclass(frozen=True)
@@ -190,9 +193,13 @@ def _ours(label: str, kind: Any, limit: int | None, **keywords: Any) -> Method:
     return Method(label, limit, lambda parameters: kind(parameters, lr=1e-3, **given), force_ours, schedule, True)
 
 
+def shampoo(bits: float, limit: int) -> Method:
+    return _ours(f"Shampoo, {bits} bit{'s' * (bits > 1)}", Shampoo, limit, bits=bits)
+
+
 def ours(limit: int) -> list[Method]:
     """Ours with blocks of at most that size."""
-    rows = [_ours(f"Shampoo, {bits} bit{'s' * (bits > 1)}", Shampoo, limit, bits=bits) for bits in (32, 4, 2, 1)]
+    rows = [shampoo(bits, limit) for bits in (32, 4, 2, 1)]
     if half := known(Shampoo, apply_dtype="bfloat16"):
         rows.append(_ours("Shampoo, 4 bits, bfloat16 roots", Shampoo, limit, bits=4, **half))
     rows.append(_ours("Shampoo of WANG2024", Shampoo, limit, **WANG2024))
@@ -261,7 +268,7 @@ def adamw() -> Method:
 
 
 def floor(limit: int) -> Method:
-    return Method("its matmuls", limit, partial(Floor, limit=limit))
+    return Method(FLOOR, limit, partial(Floor, limit=limit))
 
 
 def whole() -> list[Method]:

@@ -86,8 +86,8 @@ def pareto(points: list[tuple[str, float, float]], title: str, path: Path) -> No
     _finish(figure, ax, path)
 
 
-def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, float]], path: Path) -> None:
-    """Draw (label, bytes per parameter, CPU ms, whether it is ours) points, and floors of the time, into a PNG."""
+def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, float]], unit: str, path: Path) -> None:
+    """Draw (label, bytes per parameter, time, whether it is ours) points, and floors of the time, into a PNG."""
     figure, ax = plt.subplots(figsize=(10, 6), dpi=120)
     for i, (label, time) in enumerate(floors):
         ax.axhline(time, color=FAMILIES[0], linewidth=0.9, linestyle=":")
@@ -101,7 +101,7 @@ def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, 
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlabel("bytes of optimizer state per parameter")
-    ax.set_ylabel("CPU ms of a step, amortised")
+    ax.set_ylabel(f"{unit} of a step, amortised")
     title = "A step on the parameters of a GPT, statistics every 100 steps, roots every 500 (ours: both every 100)"
     ax.set_title(title + "\nlower left is better; dots are ours", loc="left", fontsize=11)
     _finish(figure, ax, path)

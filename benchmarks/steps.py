@@ -18,15 +18,15 @@ Sections:
   (root - ordinary) / T2. Shampoo and CASPR in their default form have one period, T: ordinary + (root - ordinary) / T,
   with T = 100 beside 100/500 and T = 10 beside 1/10. "its matmuls": left @ gradient @ right in float32 on the blocks of
   the same limit. Steps that take long are timed less often: see "updates timed". Peaks are bytes beyond the state.
-* worst: all steps of one period of 100, after the first, of Shampoo with 4 bits.
+* worst: all steps of one period of 100, after the first, of Shampoo with 4 bits on the first set of parameters.
 * roots: the update step of Shampoo with 4 bits beside one ``torch.linalg.eigh`` for each of its factors.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
@@ -39,6 +39,8 @@ import lowbit_optim
 from benchmarks import methods, report, timing
 from benchmarks.methods import (
     ABSENT,
+    FLOOR,
+    FULL,
     SETS,
     EighLoop,
     Method,
@@ -48,10 +50,12 @@ from benchmarks.methods import (
     gradients_of,
     known,
     second_order,
+    shampoo,
 )
 from benchmarks.timing import Time, Turn, amortised, extra_bytes, middle, state_bytes, take_turns, unit
 
 Rows = list[dict[str, Any]]
+Tables = Iterator[tuple[str, Rows]]
 # T1 and T2, and T of an optimizer with one period.
 PERIODS = {"100/500": ((100, 500), 100), "1/10": ((1, 10), 10)}
 
@@ -71,7 +75,7 @@ def runs_of(rows: list[Method], shapes: list[tuple[int, ...]], args: argparse.Na
 # ---- first order -----------------------------------------------------------------------------------------------------
 
 
-def first_order(args: argparse.Namespace) -> dict[str, Rows]:
+def first_order(args: argparse.Namespace) -> Tables:
     """AdamW on the parameters of a GPT."""
     makers = {
         "torch fused": partial(AdamW, lr=1e-3, fused=True),
@@ -93,7 +97,7 @@ def first_order(args: argparse.Namespace) -> dict[str, Rows]:
         numel = sum(p.numel() for p in runs[name].parameters)
         rows.append(row | {"state MB": size / 1e6, "bytes per parameter": size / numel})
     report.show(f"AdamW on the parameters of a GPT, {args.dtype}, {torch.get_num_threads()} threads", rows)
-    return {f"first-order, {args.dtype}": rows}
+    yield f"first-order, {args.dtype}{on(args)}", rows
 
 
 def _bitsandbytes(parameters: list[Any]) -> Optimizer:
@@ -125,7 +129,7 @@ def measure(runs: dict[str, Run], args: argparse.Namespace) -> Rows:
     for kind in ("statistics", "root"):
         times |= _timed(runs, kind, device, args.updates, args.budget)
     medians = {key: middle(own) for key, own in times.items()}
-    limits = {run.method.limit: name for name, run in runs.items() if run.method.label == "its matmuls"}
+    limits = {run.method.limit: name for name, run in runs.items() if run.method.label == FLOOR}
     return [
         row_of(
             run,
@@ -133,7 +137,7 @@ def measure(runs: dict[str, Run], args: argparse.Namespace) -> Rows:
             medians[next(iter(runs)), "ordinary"].main,
             medians[limits[run.method.limit], "ordinary"].main if run.method.limit in limits else None,
             len(times[name, run.method.kinds[-1]]),
-            {kind: peaks[name, kind] for kind in run.method.kinds if run.method.label != "its matmuls"},
+            {kind: peaks[name, kind] for kind in run.method.kinds if run.method.label != FLOOR},
         )
         for name, run in runs.items()
     ]
@@ -155,11 +159,11 @@ def row_of(
 ) -> dict[str, Any]:
     """A row of the table from the medians of single steps."""
     method, at = run.method, unit(run.parameters[0].device)
-    size = 0 if method.label == "its matmuls" else state_bytes(run.optimizer, run.apart)
+    size = 0 if method.label == FLOOR else state_bytes(run.optimizer, run.apart)
     ordinary, statistics, root = (times.get(kind) for kind in ("ordinary", "statistics", "root"))
     assert ordinary is not None
     row = {"optimizer": method.label, "blocks": method.limit or "whole", "ours": method.ours}
-    row |= {f"ordinary, {at}": ordinary.main, "/ its matmuls": floor and ordinary.main / floor}
+    row |= {f"ordinary, {at}": ordinary.main, f"/ {FLOOR}": floor and ordinary.main / floor}
     row |= {"/ AdamW": ordinary.main / first, "ordinary, wall ms": ordinary.wall}
     for kind, time in (("statistics", statistics), ("root", root)):
         row |= {f"{kind}, {at}": time and time.main, f"{kind}, wall ms": time and time.wall}
@@ -174,11 +178,10 @@ def row_of(
     return row
 
 
-def second_order_section(args: argparse.Namespace) -> dict[str, Rows]:
+def second_order_section(args: argparse.Namespace) -> Tables:
     """Single steps on each parameter set."""
-    found: dict[str, Rows] = {}
     for name in args.sets:
-        runs = runs_of(second_order(args.limits, few=name != "gpt" or args.few), SETS[name](), args)
+        runs = runs_of(second_order(args.limits, few=args.few or name not in FULL), SETS[name](), args)
         rows = measure(runs, args)
         hidden = {"ours", "statistics, wall ms", "root, wall ms"} | (
             {"ordinary, wall ms"} if args.device == "cuda" else set()
@@ -186,20 +189,24 @@ def second_order_section(args: argparse.Namespace) -> dict[str, Rows]:
         title = f"second-order steps on the parameters of {name}, {args.dtype}, {place(args)}"
         shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
         report.show(title, shown, f"On no package registry, so without a row: {', '.join(ABSENT)}.")
-        found[f"second-order, {name}{on(args)}"] = rows
-    return found
+        yield f"second-order, {name}{on(args)}", rows
 
 
-def worst(args: argparse.Namespace) -> dict[str, Rows]:
+def worst(args: argparse.Namespace) -> Tables:
     """Every step of the second period."""
-    device, at, period = torch.device(args.device), unit(torch.device(args.device)), args.period
+    device, at, period, parameters = (
+        torch.device(args.device),
+        unit(torch.device(args.device)),
+        args.period,
+        args.sets[0],
+    )
     switches = [{"stagger": True}, {"stagger": False}] if known(lowbit_optim.Shampoo, stagger=True) else [{}]
     switched = []
     for switch in switches:
         label = "4 bits" + "".join(f", {key}={value}" for key, value in switch.items())
         make = partial(lowbit_optim.Shampoo, lr=1e-3, bits=4, **switch)
         switched.append(Method(label, None, make, force_ours, "one period", True))
-    runs = runs_of(switched, SETS["gpt"](), args)
+    runs = runs_of(switched, SETS[parameters](), args)
     for run in runs.values():
         run.prepare("root")
         run.optimizer.step()
@@ -215,8 +222,8 @@ def worst(args: argparse.Namespace) -> dict[str, Rows]:
             largest = max(time[j] for time in times)
             row |= {f"median, {label}": median[j], f"worst, {label}": largest, f"ratio, {label}": largest / median[j]}
         rows.append(row)
-    report.show(f"the worst of {period} steps on the parameters of gpt, {place(args)}", rows)
-    return {f"worst{on(args)}": rows}
+    report.show(f"the worst of {period} steps on the parameters of {parameters}, {place(args)}", rows)
+    yield f"worst, {parameters}{on(args)}", rows
 
 
 def _fresh(run: Run) -> None:
@@ -226,37 +233,36 @@ def _fresh(run: Run) -> None:
         parameter.grad.copy_(gradient)
 
 
-def roots(args: argparse.Namespace) -> dict[str, Rows]:
+def roots(args: argparse.Namespace) -> Tables:
     """The update step beside a loop of eigh over its factors."""
     device, at = torch.device(args.device), unit(torch.device(args.device))
     rows: Rows = []
     for name in args.sets:
         limit = max(args.limits)
-        make = partial(lowbit_optim.Shampoo, lr=1e-3, bits=4, max_preconditioner_dim=limit)
-        make = partial(make, **known(lowbit_optim.Shampoo, stagger=False))
-        runs = runs_of([adamw(), Method("Shampoo", None, make, force_ours, "one period", True)], SETS[name](), args)
+        runs = runs_of([adamw(), shampoo(4, limit)], SETS[name](), args)
         first, run = runs.values()
-        for _ in range(2):
-            run.prepare("root")
-            run.optimizer.step()
+        for warm, kind in ((first, "ordinary"), (run, "root"), (run, "root"), (run, "ordinary")):
+            warm.prepare(kind)  # type: ignore[arg-type]
+            warm.optimizer.step()
         loop = EighLoop(run.parameters, limit)
+        torch.linalg.eigh(loop.factors[0])
         turns = {
             "AdamW": Turn(first.prepare, first.optimizer.step),
             "ordinary": Turn(partial(run.prepare, "ordinary"), run.optimizer.step),
             "update": Turn(partial(run.prepare, "root"), run.optimizer.step),
             "eigh": Turn(lambda: None, loop.step),
         }
-        medians = {key: middle(own).main for key, own in take_turns(turns, device, 5, 1, args.budget).items()}
+        medians = {key: middle(own).main for key, own in take_turns(turns, device, 5, budget=args.budget).items()}
         row: dict[str, Any] = {"parameters": name, "factors": len(loop.factors)}
         row |= {f"AdamW, {at}": medians["AdamW"], f"ordinary, {at}": medians["ordinary"]}
         row |= {"ordinary / AdamW": medians["ordinary"] / medians["AdamW"], f"update, {at}": medians["update"]}
         row |= {f"eigh alone, {at}": medians["eigh"], "eigh / update": medians["eigh"] / medians["update"]}
         rows.append(row)
     report.show(f"the update step of Shampoo, 4 bits, and one eigh for each of its factors, {place(args)}", rows)
-    return {f"roots{on(args)}": rows}
+    yield f"roots{on(args)}", rows
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Rows]]] = {
+SECTIONS: dict[str, Callable[[argparse.Namespace], Tables]] = {
     "first-order": first_order,
     "second-order": second_order_section,
     "worst": worst,
@@ -274,28 +280,32 @@ def on(args: argparse.Namespace) -> str:
     return f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
 
 
-def draw(tables: dict[str, Rows]) -> None:
-    """Amortised time against bytes of state on the parameters of gpt."""
+def draw(rows: Rows, at: str, path: Path) -> None:
+    """Amortised time against bytes of state."""
     from benchmarks import plots  # matplotlib is not needed to measure
 
-    rows = tables.get("second-order, gpt")
-    if not rows:
-        return
-    column = "amortised 100/500, CPU ms"
-    points = []
+    points, floors = [], []
     for row in rows:
-        if row["optimizer"] != "its matmuls":
-            label = f"{row['optimizer']} ({row['blocks']})" if row["blocks"] != "whole" else row["optimizer"]
-            points.append((label, row["bytes per parameter"], row[column], row["ours"]))
-    floors = [(f"its matmuls ({row['blocks']})", row[column]) for row in rows if row["optimizer"] == "its matmuls"]
-    plots.costs(points, floors, report.RESULTS / "steps.png")
+        label, time = row["optimizer"], row[f"amortised 100/500, {at}"]
+        label += f" ({row['blocks']})" * (row["blocks"] != "whole")
+        if row["optimizer"] == FLOOR:
+            floors.append((label, time))
+        else:
+            points.append((label, row["bytes per parameter"], time, row["ours"]))
+    plots.costs(points, floors, at, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", default=["first-order", "second-order", "worst"], choices=list(SECTIONS), help="sections")
-    add("--sets", nargs="+", default=["gpt"], choices=list(SETS), help="parameters of second-order (default gpt)")
+    add(
+        "--sets",
+        nargs="+",
+        default=["gpt"],
+        choices=list(SETS),
+        help="parameters, but of first-order; worst: the first (default gpt)",
+    )
     add("--limits", nargs="+", type=int, default=[1200, 512], help="of blocks' sides (default 1200 512)")
     add("--few", action="store_true", help="fewer optimizers, as for the larger sets")
     add("--rounds", type=int, default=15, help="ordinary steps of each optimizer that are timed (default 15)")
@@ -312,8 +322,14 @@ def main() -> None:
     for section in args.only:
         how = {"environment": report.environment(), "code": code} | vars(args)
         how["wait policy"] = os.environ["OMP_WAIT_POLICY"]
-        report.add("steps", SECTIONS[section](args), how)
-    draw(json.loads((report.RESULTS / "steps.json").read_text(encoding="utf-8"))["tables"])
+        for name, rows in SECTIONS[section](args):
+            report.add("steps", {name: rows}, how)
+            if name == f"second-order, gpt{on(args)}":
+                draw(
+                    rows,
+                    unit(torch.device(args.device)),
+                    report.RESULTS / f"steps{'-cuda' * (args.device == 'cuda')}.png",
+                )
 
 
 if __name__ == "__main__":
