@@ -286,12 +286,15 @@ def whole() -> list[Method]:
     ]
 
 
-def second_order(limits: Iterable[int], few: bool) -> list[Method]:
-    """All rows, or the few that models of a hundred million parameters allow; AdamW is the first."""
+def second_order(limits: Sequence[int], few: bool) -> list[Method]:
+    """All rows, or the few that models of a hundred million parameters allow; AdamW is the first.
+
+    Limits after the first have few rows anyway.
+    """
     found = [adamw()]
     for limit in limits:
         own = ours(limit)
-        if few:
+        if few or limit != limits[0]:
             own = [method for method in own if not method.label.startswith(("CASPR", "Shampoo of", "Shampoo, 1"))]
         found += [floor(limit), *own, scalable(limit)]
     return found if few else found + whole()

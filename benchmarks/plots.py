@@ -100,6 +100,7 @@ def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, 
         ax.annotate(label, (size, time), xytext=(5, 3), color=color, **_SMALL)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    ax.margins(x=0.15)
     ax.set_xlabel("bytes of optimizer state per parameter")
     ax.set_ylabel(f"{unit} of a step, amortised")
     title = "A step on the parameters of a GPT, statistics every 100 steps, roots every 500 (ours: both every 100)"

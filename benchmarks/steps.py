@@ -17,7 +17,8 @@ Sections:
   (statistics - ordinary) / T1 + (root - statistics) / T2. Where statistics come in every step it is ordinary +
   (root - ordinary) / T2. Shampoo and CASPR in their default form have one period, T: ordinary + (root - ordinary) / T,
   with T = 100 beside 100/500 and T = 10 beside 1/10. "its matmuls": left @ gradient @ right in float32 on the blocks of
-  the same limit. Steps that take long are timed less often: see "updates timed". Peaks are bytes beyond the state.
+  the same limit. Peaks are bytes beyond the state. Steps that take longer than the budget are timed once, while their
+  memory is watched, others until they have used it: see "updates timed".
 * worst: all steps of one period of 100, after the first, of Shampoo with 4 bits on the first set of parameters.
 * roots: the update step of Shampoo with 4 bits beside one ``torch.linalg.eigh`` for each of its factors.
 """
@@ -52,7 +53,7 @@ from benchmarks.methods import (
     second_order,
     shampoo,
 )
-from benchmarks.timing import Time, Turn, amortised, extra_bytes, middle, state_bytes, take_turns, unit
+from benchmarks.timing import Time, Turn, amortised, extra_bytes, middle, state_bytes, take_turns, timed, unit
 
 Rows = list[dict[str, Any]]
 Tables = Iterator[tuple[str, Rows]]
@@ -117,17 +118,31 @@ def _torchao(parameters: list[Any], name: str) -> Optimizer:
 
 def measure(runs: dict[str, Run], args: argparse.Namespace) -> Rows:
     """A row for each run; the first is the one that the others are compared with, beside the matmuls of their limit."""
-    device = torch.device(args.device)
+    device, budget = torch.device(args.device), args.budget
     peaks: dict[tuple[str, str], int] = {}
-    for name, run in track(runs.items(), transient=True):  # which also warms everything up
-        run.prepare("ordinary")
-        run.optimizer.step()
-        for kind in reversed(run.method.kinds):  # from the root on: before it an ordinary step does less
-            run.prepare(kind)
-            peaks[name, kind] = extra_bytes(run.optimizer, run.apart)
-    times = _timed(runs, "ordinary", device, args.rounds, args.budget)
-    for kind in ("statistics", "root"):
-        times |= _timed(runs, kind, device, args.updates, args.budget)
+    watched: dict[tuple[str, str], Time] = {}
+    for name, run in track(list(runs.items()), transient=True):  # which also warms everything up
+        try:
+            run.prepare("ordinary")
+            run.optimizer.step()
+            for kind in reversed(run.method.kinds):  # from the root on: before it an ordinary step does less
+                run.prepare(kind)
+                watched[name, kind] = timed(lambda: peaks.update({(name, kind): _peak(run)}), device)  # noqa: B023
+        except RuntimeError as error:
+            if run.method.ours:
+                raise
+            print(f"{name} is left out: its step failed: {error}")
+            del runs[name]
+    times: dict[tuple[str, str], list[Time]] = {}
+    for kind, rounds in (("ordinary", args.rounds), ("statistics", args.updates), ("root", args.updates)):
+        long = {key: [own] for key, own in watched.items() if key[1] == kind and own.wall > 1e3 * budget}
+        turns = {
+            name: Turn(partial(run.prepare, kind), run.optimizer.step)  # type: ignore[arg-type]
+            for name, run in runs.items()
+            if kind in run.method.kinds and (name, kind) not in long
+        }
+        taken = take_turns(turns, device, rounds, budget=budget)
+        times |= long | {(name, kind): own for name, own in taken.items()}
     medians = {key: middle(own) for key, own in times.items()}
     limits = {run.method.limit: name for name, run in runs.items() if run.method.label == FLOOR}
     return [
@@ -143,15 +158,8 @@ def measure(runs: dict[str, Run], args: argparse.Namespace) -> Rows:
     ]
 
 
-def _timed(
-    runs: dict[str, Run], kind: Any, device: torch.device, rounds: int, budget: float
-) -> dict[tuple[str, str], list[Time]]:
-    turns = {
-        name: Turn(partial(run.prepare, kind), run.optimizer.step)
-        for name, run in runs.items()
-        if kind in run.method.kinds
-    }
-    return {(name, kind): own for name, own in take_turns(turns, device, rounds, budget=budget).items()}
+def _peak(run: Run) -> int:
+    return extra_bytes(run.optimizer, run.apart)
 
 
 def row_of(

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +164,29 @@ def test_sets_are_of_the_size_that_their_models_have():
         "llama-1b layer": layer,
         "tiny": 96 * 64 + 64 * 64 + 64,
     }
+
+
+class Failing:
+    """Its roots fail."""
+
+    state: dict = {}  # noqa: RUF012
+
+    def step(self):
+        raise RuntimeError("the SVD did not converge")
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
+    """Nor does it cost the figures of the others; a step over the budget is timed once."""
+    args = SimpleNamespace(device="cpu", rounds=3, updates=3, budget=0.0)
+    gradients = gradients_of([(8, 8)], torch.float32, CPU)
+
+    def runs(ours):
+        rows = [methods.adamw(), Method("new", None, lambda parameters: Failing(), ours=ours), methods.shampoo(4, 8)]
+        return {method.name: Run(method, gradients) for method in rows}
+
+    rows = steps.measure(runs(ours=False), args)
+    assert [row["optimizer"] for row in rows] == ["torch AdamW, fused", "Shampoo, 4 bits"]
+    assert rows[1]["updates timed"] == 1
+    assert "new is left out: its step failed: the SVD did not converge" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="SVD"):
+        steps.measure(runs(ours=True), args)
