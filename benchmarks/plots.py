@@ -92,7 +92,7 @@ def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, 
     for i, (label, time) in enumerate(floors):
         ax.axhline(time, color=FAMILIES[0], linewidth=0.9, linestyle=":")
         ax.annotate(
-            label, (1, time), xycoords=("axes fraction", "data"), xytext=(0, 2 - 10 * (i % 2)), **_SMALL, ha="right"
+            label, (0, time), xycoords=("axes fraction", "data"), xytext=(3, 2 - 10 * (i % 2)), **_SMALL, ha="left"
         )
     for label, size, time, own in points:
         color = FAMILIES[2] if own else FAMILIES[3]
