@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ from rich.table import Table
 
 import lowbit_optim
 
-RESULTS = Path(__file__).parent / "results"
+# Elsewhere than beside the code where somebody says so: figures of another machine are looked at before they are kept.
+RESULTS = Path(os.environ.get("LOWBIT_RESULTS") or Path(__file__).parent / "results")
 
 
 def environment() -> dict[str, Any]:
@@ -33,8 +35,19 @@ def environment() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpu() -> str | None:
+    """The processor's name where the system tells it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
 
 
 def show(title: str, rows: list[dict[str, Any]], note: str = "") -> None:
@@ -50,12 +63,20 @@ def show(title: str, rows: list[dict[str, Any]], note: str = "") -> None:
 
 def keep(name: str, tables: dict[str, list[dict[str, Any]]], settings: dict[str, Any] | None = None) -> None:
     """Write the tables, the settings that they were made with and the environment to results/<name>.json."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(
         json.dumps({"environment": environment(), "settings": settings or {}, "tables": tables}, indent=1) + "\n"
     )
     print(f"kept in {path}")
+
+
+def add(name: str, tables: dict[str, list[dict[str, Any]]], how: dict[str, Any]) -> None:
+    """Put tables into results/<name>.json, each with how it was made, in the place of those of the same names."""
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = kept.get("settings", {}) | dict.fromkeys(tables, how)
+    keep(name, kept.get("tables", {}) | tables, settings)
 
 
 def plain(value: Any) -> Any:
@@ -97,6 +118,13 @@ def source_hash(files: Iterable[Path]) -> str:
                 del node.body[0]
         digest.update(f"{file.name}\n{ast.unparse(tree)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def code_hash(*files: str) -> str:
+    """Of the library and of these files."""
+    package = Path(lowbit_optim.__file__).parent
+    kernels = Path(lowbit_optim.kernels.__file__).parent.glob("*.py")
+    return source_hash({Path(file).resolve() for file in (*package.rglob("*.py"), *kernels, *files)})
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
