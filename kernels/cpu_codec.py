@@ -9,7 +9,6 @@ each candidate and boundary there is a largest float whose quotient is not above
 """
 
 from functools import lru_cache, partial
-from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -508,6 +507,8 @@ def quantize_blockwise(
     x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.quantize_blockwise`` of contiguous float32 or bfloat16 on the CPU."""
+    if _cells_for(boundaries, bits) is None:
+        return reference.quantize_blockwise(x, values, boundaries, bits, block_size, fitted, double)
     return _parts(x, x.shape[:1], ROWS, values, boundaries, bits, block_size, fitted, double)
 
 
@@ -515,6 +516,8 @@ def quantize_symmetric(
     x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.quantize_symmetric`` of contiguous float32 or bfloat16 on the CPU."""
+    if _cells_for(boundaries, bits) is None:
+        return reference.quantize_symmetric(x, values, boundaries, bits, block_size, fitted, double, layout)
     lead = x.shape[:1] if layout == "triangle" else x.shape[:2]
     return _parts(x, lead, LAYOUTS[layout], values, boundaries, bits, block_size, fitted, double)
 
@@ -567,6 +570,10 @@ def dequantize_symmetric(
 NO_DIAGONAL = np.empty(0, f32)
 
 
+def _cells_for(boundaries: Tensor, bits: int) -> Cells | None:
+    return _cells(boundaries.numpy().tobytes()) if bits > 4 else NO_CELLS
+
+
 def _parts(
     x: Tensor,
     lead: torch.Size,
@@ -584,9 +591,8 @@ def _parts(
     blocks = -(-length // block_size)
     groups = -(-blocks // SCALE_GROUP)
     edges = boundaries.numpy()
-    cells = _cells(edges.tobytes()) if bits > 4 else NO_CELLS
-    if cells is None:
-        raise ValueError("boundaries lie too close together for the kernels of 6 and 8 bits")
+    cells = _cells_for(boundaries, bits)
+    assert cells is not None
     limits, multiples = _limits(values.numpy().tobytes(), edges.tobytes()) if fitted else NO_LIMITS
     codes = x.new_empty((*lead, packed_bytes(length, bits)), dtype=torch.uint8)
     scales = x.new_empty((*lead, blocks), dtype=torch.uint8 if double else torch.float32)
