@@ -109,7 +109,7 @@ def _warn(device: str, reason: str) -> None:
 # ---- first-order steps -----------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch.compiler.disable, without importing the compiler now
 def take_steps(steps: Sequence[Step]) -> list[Tensor]:
     """Take every step, in place; for each how many numbers of its gradient were not finite, int64 []."""
     batches: dict[ModuleType, list[int]] = {}

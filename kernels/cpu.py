@@ -33,6 +33,8 @@ NO_BITS, NO_CODES, NO_SCALES = np.empty(0, u32), np.empty(0, u8), np.empty(0, f3
 def kernel(function: Callable[..., Any], forceinline: bool = False) -> Any:
     """Compiled at the first call, and kept on disk where numba finds a place for it.
 
+    What is kept is compiled anew when the kernel's own file changes: touch it when what it inlines from another does.
+
     ``_nrt=False``: nothing is allocated, and arrays are not counted as references, which at every slice and call costs
     more than the arithmetic of a block.
     """

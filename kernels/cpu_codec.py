@@ -1,513 +1,47 @@
-"""The codec compiled by numba: the bits of ``reference``, which specifies it.
+"""The codec on the CPU, compiled by numba: the functions of ``reference``, which specifies it, with the same bits."""
 
-Numbers are taken a block at a time. Of few bits, a code is the number of boundaries below the quotient: as many
-comparisons, which are vector instructions. Of 6 or 8 bits the quotient's leading bits name a cell of the floats in
-which at most one boundary lies, and the code is that of the cell or the next one (``_cells``).
-
-A fitted scale asks for the codes of a block at each of ``FIT_CANDIDATES``. Of few bits the quotients are not made: for
-each candidate and boundary there is a largest float whose quotient is not above the boundary (``_limits``).
-"""
-
-from functools import lru_cache, partial
-from math import isqrt
-from typing import Any, NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
-from numpy import float32 as f32
-from numpy import int32 as i32
-from numpy import uint8 as u8
-from numpy import uint32 as u32
 from torch import Tensor
 
 from lowbit_optim.kernels import reference
-from lowbit_optim.kernels.cpu import (
-    NO_BITS,
-    NO_CODES,
-    NO_SCALES,
-    Array,
-    Scratch,
-    bits_of,
-    inline,
-    kernel,
-    narrow,
-    pieces,
-    run,
-    widen,
+from lowbit_optim.kernels.cpu import NO_CODES, NO_SCALES, Array, bits_of, pieces, run
+from lowbit_optim.kernels.cpu_decode import (
+    RUN,
+    STRIP,
+    dequantize_rows,
+    dequantize_triangles,
+    row_scratch,
+    strip_scratch,
 )
-from lowbit_optim.kernels.reference import FIT_CANDIDATES, SCALE_GROUP, packed_bytes
+from lowbit_optim.kernels.cpu_encode import (
+    FRACTIONS,
+    NO_CELLS,
+    NO_LIMITS,
+    ROWS,
+    SQUARE,
+    TRIANGLE,
+    Cells,
+    cells_of,
+    limits_of,
+    quantize,
+    scratch,
+)
+from lowbit_optim.kernels.reference import SCALE_GROUP, packed_bytes
 
-LARGEST_BLOCK = 4096
 JOB = 1 << 18  # numbers that a thread takes at a time, about
-RUN = 4096  # numbers of a row that are decoded at a time
-STRIP = 32  # rows of a matrix that are decoded before their other triangle is written
-MARGIN = 8  # columns of a strip before its first
-CANDIDATES = len(FIT_CANDIDATES)
-LARGEST_BITS = u32(0x7F7FFFFF)  # of finite numbers
-INFINITE_BITS = u32(0x7F800000)
-ROWS, SQUARE, TRIANGLE = 0, 1, 2
 LAYOUTS = {"square": SQUARE, "triangle": TRIANGLE}
-
-
-# ---- packed codes ----------------------------------------------------------------------------------------------------
-
-
-@inline
-def _pack(codes: Array, bits: int, packed: Array) -> None:
-    """Codes, one a byte and zeros behind the last, to as many bytes as there are in ``packed``."""
-    size = len(packed)
-    if bits == 8:
-        for i in range(size):
-            packed[i] = codes[i]
-    elif bits == 4:
-        for i in range(size):
-            packed[i] = u8(codes[2 * i] | u8(codes[2 * i + 1] << u8(4)))
-    elif bits == 2:
-        for i in range(size):
-            low = u8(codes[4 * i] | u8(codes[4 * i + 1] << u8(2)))
-            packed[i] = u8(low | u8(u8(codes[4 * i + 2] << u8(4)) | u8(codes[4 * i + 3] << u8(6))))
-    else:  # in words of 3 bytes
-        words = size // 3
-        if bits == 3:
-            for word in range(words):
-                x = u32(0)
-                for j in range(8):
-                    x = u32(x | u32(u32(codes[8 * word + j]) << u32(3 * j)))
-                for j in range(3):
-                    packed[3 * word + j] = u8(x >> u32(8 * j))
-        else:
-            for word in range(words):
-                x = u32(0)
-                for j in range(4):
-                    x = u32(x | u32(u32(codes[4 * word + j]) << u32(6 * j)))
-                for j in range(3):
-                    packed[3 * word + j] = u8(x >> u32(8 * j))
-        if 3 * words < size:
-            x, per_word = u32(0), 24 // bits
-            for j in range(per_word):
-                x = u32(x | u32(u32(codes[words * per_word + j]) << u32(bits * j)))
-            for j in range(size - 3 * words):
-                packed[3 * words + j] = u8(x >> u32(8 * j))
-
-
-@inline
-def _unpack(packed: Array, bits: int, codes: Array) -> None:
-    """The inverse; whole words are written."""
-    size = len(packed)
-    if bits == 8:
-        for i in range(size):
-            codes[i] = packed[i]
-    elif bits == 4:
-        for i in range(size):
-            codes[2 * i] = u8(packed[i] & u8(15))
-            codes[2 * i + 1] = u8(packed[i] >> u8(4))
-    elif bits == 2:
-        for i in range(size):
-            codes[4 * i] = u8(packed[i] & u8(3))
-            codes[4 * i + 1] = u8(u8(packed[i] >> u8(2)) & u8(3))
-            codes[4 * i + 2] = u8(u8(packed[i] >> u8(4)) & u8(3))
-            codes[4 * i + 3] = u8(packed[i] >> u8(6))
-    else:
-        words = size // 3
-        if bits == 3:
-            for word in range(words):
-                x = u32(0)
-                for j in range(3):
-                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
-                for j in range(8):
-                    codes[8 * word + j] = u8(u32(x >> u32(3 * j)) & u32(7))
-        else:
-            for word in range(words):
-                x = u32(0)
-                for j in range(3):
-                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
-                for j in range(4):
-                    codes[4 * word + j] = u8(u32(x >> u32(6 * j)) & u32(63))
-        if 3 * words < size:
-            x, per_word, mask = u32(0), 24 // bits, u32((1 << bits) - 1)
-            for j in range(size - 3 * words):
-                x = u32(x | u32(u32(packed[3 * words + j]) << u32(8 * j)))
-            for j in range(per_word):
-                codes[words * per_word + j] = u8(u32(x >> u32(bits * j)) & mask)
-
-
-# ---- numbers to codes ------------------------------------------------------------------------------------------------
-
-
-@inline
-def _load(source: Any, layout: int, n: int, row: int, start: int, stop: int, out: Array) -> None:
-    """The numbers from start to stop - 1 of a coded row; n is the length of a row of the matrix or matrices."""
-    shift, numbers = source
-    if layout != TRIANGLE:
-        widen(numbers[row * n + start : row * n + stop], shift, out)
-        diagonal = row % n
-        if layout == SQUARE and start <= diagonal < stop:
-            out[diagonal - start] = f32(0)
-        return
-    i = int((1 + np.sqrt(1.0 + 8.0 * start)) / 2)
-    while i * (i - 1) // 2 > start:
-        i -= 1
-    while (i + 1) * i // 2 <= start:
-        i += 1
-    j, at = start - i * (i - 1) // 2, 0
-    while at < stop - start:
-        count = min(i - j, stop - start - at)
-        first = (row * n + i) * n + j
-        widen(numbers[first : first + count], shift, out[at : at + count])
-        i, j, at = i + 1, 0, at + count
-
-
-@inline
-def _largest(x: Array, count: int) -> f32:
-    """The largest magnitude; of infinite ones the largest finite number."""
-    top = u32(0)
-    for i in range(count):
-        magnitude = u32(f32(x[i]).view(u32) & u32(0x7FFFFFFF))
-        if magnitude > top:
-            top = magnitude
-    top = LARGEST_BITS if top == INFINITE_BITS else top
-    return f32(u32(top).view(f32))
-
-
-@inline
-def _nearest(x: Array, count: int, divisor: f32, bits: int, tables: Any, scratch: Any) -> None:
-    """The codes of x / divisor."""
-    boundaries, cells = tables[0], tables[1]
-    codes, quotients, places = scratch[3], scratch[4], scratch[5]
-    if bits == 4:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(15):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
-    elif bits == 3:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(7):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
-    elif bits == 2:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(3):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
-    else:
-        _of_cells(x, count, divisor, cells, quotients, places, codes)
-
-
-@inline
-def _of_cells(x: Array, count: int, divisor: f32, cells: Any, quotients: Array, places: Array, codes: Array) -> None:
-    """The codes of x / divisor, by cells: first vector instructions, then looking up."""
-    shift, lowest, last, codes_of, limits = cells
-    first, end = i32(lowest), i32(last)
-    for i in range(count):
-        quotient = f32(f32(x[i]) / divisor)
-        quotients[i] = quotient
-        whole = u32(quotient.view(u32))
-        place = i32(i32(u32(u32(whole & u32(0x7FFFFFFF)) >> u32(shift & 31))) - first)
-        place = i32(0) if place < i32(0) else place
-        place = end if place > end else place
-        places[i] = i32(place + (i32(end + i32(1)) if whole > u32(0x7FFFFFFF) else i32(0)))
-    for i in range(count):
-        place = places[i]
-        codes[i] = u32(u32(codes_of[place]) + u32(quotients[i] > limits[place]))
-
-
-@inline
-def _squares(u: Array, count: int, bits: int, limits: Array, values: Array, out: Array) -> None:
-    """(u - the nearest of the values)^2, with the limits between them."""
-    if bits == 4:
-        for i in range(count):
-            nearest = f32(values[0])
-            for j in range(15):
-                higher = f32(values[j + 1])
-                nearest = higher if u[i] > limits[j] else nearest
-            residual = f32(u[i]) - nearest
-            out[i] = residual * residual
-    elif bits == 3:
-        for i in range(count):
-            nearest = f32(values[0])
-            for j in range(7):
-                higher = f32(values[j + 1])
-                nearest = higher if u[i] > limits[j] else nearest
-            residual = f32(u[i]) - nearest
-            out[i] = residual * residual
-    else:
-        for i in range(count):
-            nearest = f32(values[0])
-            for j in range(3):
-                higher = f32(values[j + 1])
-                nearest = higher if u[i] > limits[j] else nearest
-            residual = f32(u[i]) - nearest
-            out[i] = residual * residual
-
-
-@inline
-def _halving_sum(x: Array, size: int) -> f32:
-    """Of a power of two of numbers, at least 16."""
-    half = size // 2
-    while half > 8:
-        for i in range(half):
-            x[i] = x[i] + x[i + half]
-        half //= 2
-    for i in range(8):  # counts that LLVM knows it unrolls
-        x[i] = x[i] + x[i + 8]
-    for i in range(4):
-        x[i] = x[i] + x[i + 4]
-    for i in range(2):
-        x[i] = x[i] + x[i + 2]
-    return f32(x[0] + x[1])
-
-
-@inline
-def _fit(x: Array, count: int, block_size: int, largest: f32, bits: int, tables: Any, scratch: Any) -> f32:
-    """The candidate scale of least squared error."""
-    fractions, limits, multiples = tables[2], tables[3], tables[4]
-    u, squares, codes = scratch[1], scratch[2], scratch[3]
-    if not largest > f32(0):
-        return largest
-    for i in range(count):
-        u[i] = x[i] / largest
-    best, best_error = f32(1), f32(np.inf)
-    for c in range(CANDIDATES):
-        if bits <= 4:
-            _squares(u, count, bits, limits[c], multiples[c], squares)
-        else:
-            _nearest(u, count, fractions[c], bits, tables, scratch)
-            for i in range(count):
-                residual = u[i] - multiples[c, codes[i]]
-                squares[i] = residual * residual
-        for i in range(count, block_size):
-            squares[i] = f32(0)
-        error = _halving_sum(squares, block_size)
-        if error < best_error:
-            best, best_error = f32(fractions[c]), error
-    return f32(best * largest)
-
-
-@inline
-def _encode(x: Array, count: int, scale: f32, bits: int, tables: Any, scratch: Any, packed: Array) -> None:
-    codes = scratch[3]
-    if scale > f32(0):
-        _nearest(x, count, scale, bits, tables, scratch)
-    else:
-        x[0] = f32(0)
-        _nearest(x, 1, f32(1), bits, tables, scratch)
-        for i in range(1, count):
-            codes[i] = codes[0]
-    for i in range(count, min(count + 8, len(codes))):
-        codes[i] = u8(0)
-    _pack(codes, bits, packed)
-
-
-@kernel
-def _quantize(
-    source: Any,
-    layout: int,
-    n: int,
-    row_length: int,
-    how: Any,
-    tables: Any,
-    packed: Array,
-    scales: Array,
-    scale_codes: Array,
-    maxima: Array,
-    first: int,
-    last: int,
-    scratch: Any,
-) -> int:
-    """Groups of blocks, the first to the last - 1, that would share a maximum."""
-    bits, block_size, fitted, double = how
-    x, group_scales = scratch[0], scratch[6]
-    blocks = (row_length + block_size - 1) // block_size
-    groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
-    row_bytes = (row_length * bits + 7) // 8
-    for group in range(first, last):
-        row = group // groups
-        first_block = (group - row * groups) * SCALE_GROUP
-        last_block = min(first_block + SCALE_GROUP, blocks)
-        top = f32(0)
-        for block in range(first_block, last_block):
-            start, stop = block * block_size, min((block + 1) * block_size, row_length)
-            count = stop - start
-            _load(source, layout, n, row, start, stop, x)
-            scale = _largest(x, count)
-            if fitted:
-                scale = _fit(x, count, block_size, scale, bits, tables, scratch)
-            if double:
-                group_scales[block - first_block] = scale
-                top = top if top > scale else scale
-            else:
-                scales[row * blocks + block] = scale
-                begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
-        if double:
-            maxima[group] = top
-            divisor = top if top > f32(0) else f32(1)
-            for block in range(first_block, last_block):
-                start, stop = block * block_size, min((block + 1) * block_size, row_length)
-                count = stop - start
-                # The sum is rounded to a whole number, halves to even.
-                rounded = f32(f32(group_scales[block - first_block] / divisor) * f32(255)) + f32(2**23)
-                code = u32(f32(rounded).view(u32) & u32(255))
-                scale_codes[row * blocks + block] = code
-                _load(source, layout, n, row, start, stop, x)
-                scale = f32(f32(f32(code) / f32(255)) * top)
-                begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
-    return 0
-
-
-# ---- codes to numbers ------------------------------------------------------------------------------------------------
-
-
-@inline
-def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array, out: Array) -> None:
-    """The numbers from start, a multiple of 8, to stop - 1 of a coded row."""
-    packed, scales, scale_codes, maxima, values = parts
-    bits, block_size, double, row_length = how
-    blocks = (row_length + block_size - 1) // block_size
-    groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
-    row_bytes = (row_length * bits + 7) // 8
-    at = start
-    while at < stop:
-        block = at // block_size
-        end = min((block + 1) * block_size, stop)
-        if double:
-            code = f32(scale_codes[row * blocks + block])
-            scale = f32(f32(code / f32(255)) * maxima[row * groups + block // SCALE_GROUP])
-        else:
-            scale = f32(scales[row * blocks + block])
-        begin, count = row * row_bytes + at * bits // 8, end - at
-        _unpack(packed[begin : begin + (count * bits + 7) // 8], bits, codes)
-        place = at - start
-        for i in range(count):
-            out[place + i] = values[codes[i]] * scale
-        at = end
-
-
-@kernel
-def _dequantize_rows(
-    parts: Any, diagonal: Array, layout: int, how: Any, target: Any, first: int, last: int, scratch: Any
-) -> int:
-    """Runs of numbers, the first to the last - 1."""
-    shift, numbers = target
-    x, codes = scratch
-    n = how[3]
-    runs = (n + RUN - 1) // RUN
-    for index in range(first, last):
-        row = index // runs
-        start = (index - row * runs) * RUN
-        stop = min(start + RUN, n)
-        _decode(parts, how, row, start, stop, codes, x)
-        column = row % n
-        if layout == SQUARE and start <= column < stop:
-            x[column - start] = diagonal[row]
-        narrow(x, shift, False, NO_BITS, numbers[row * n + start : row * n + stop])
-    return 0
-
-
-@kernel
-def _dequantize_triangles(
-    parts: Any, diagonal: Array, n: int, how: Any, target: Any, first: int, last: int, scratch: Any
-) -> int:
-    """Strips of matrices, the first to the last - 1: their rows up to the diagonal, and the same columns above it."""
-    shift, numbers = target
-    x, codes, column = scratch
-    strips = (n + STRIP - 1) // STRIP
-    width = len(x) // STRIP
-    for index in range(first, last):
-        matrix = index // strips
-        top = (index - matrix * strips) * STRIP
-        bottom = min(top + STRIP, n)
-        for i in range(top, bottom):
-            start = i * (i - 1) // 2
-            ahead = start % 8
-            here = (i - top) * width + MARGIN
-            _decode(parts, how, matrix, start - ahead, start + i, codes, x[here - ahead : here + i])
-            x[here + i] = diagonal[matrix * n + i]
-            to = (matrix * n + i) * n
-            narrow(x[here : here + i + 1], shift, False, NO_BITS, numbers[to : to + i + 1])
-        for j in range(bottom - 1):
-            first_row = max(top, j + 1)
-            for i in range(first_row, bottom):
-                column[i - first_row] = x[(i - top) * width + MARGIN + j]
-            to = (matrix * n + j) * n
-            narrow(column, shift, False, NO_BITS, numbers[to + first_row : to + bottom])
-    return 0
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-class Cells(NamedTuple):
-    """Cells of the floats, by sign and leading bits: positive ones by magnitude, then negative ones."""
-
-    shift: int  # bits of a float that do not count
-    lowest: int  # the leading bits of the first cell, which begins at zero
-    last: int  # the cells of a sign but for one; the last one ends at infinity
-    codes: Array  # uint8: the code of its least number
-    limits: Array  # float32: the boundary inside, above which the next code begins; infinity if there is none
-
-
-NO_CELLS = Cells(0, 0, 0, np.empty(0, u8), np.empty(0, f32))
-
-
-@lru_cache(maxsize=64)
-def _cells(boundaries: bytes) -> Cells | None:
-    """As few cells as hold at most one boundary each; None if that would be more than fit into the first-level cache.
-
-    Args:
-        boundaries: those of a table, float32, ascending.
-    """
-    all_ = np.frombuffer(boundaries, f32)
-    magnitudes = np.abs(all_[np.isfinite(all_) & (all_ != 0)])
-    ends = np.array([magnitudes.min(), magnitudes.max()], f32).view(u32) if len(magnitudes) else np.zeros(2, u32)
-    for shift in range(22, 12, -1):
-        lowest, highest = (int(end) >> shift for end in ends)
-        lowest = max(lowest - 1, 0)  # a cell for zero, which may be a boundary
-        starts = np.arange(lowest, highest + 2, dtype=np.int64) << shift
-        low, high = starts, np.append(starts[1:], int(INFINITE_BITS) + 1) - 1
-        low[0] = 0
-        low, high = low.astype(u32).view(f32), high.astype(u32).view(f32)
-        low, high = np.concatenate([low, -high]), np.concatenate([high, -low])
-        below, inside = np.searchsorted(all_, low), np.searchsorted(all_, high)
-        if (inside - below).max() <= 1:
-            limits = np.where(inside > below, np.append(all_, f32(np.inf))[below], f32(np.inf))
-            return Cells(shift, lowest, len(starts) - 1, below.astype(u8), limits.astype(f32))
-        if len(starts) > 4096:
-            return None
-    return None
-
-
-@lru_cache(maxsize=64)
-def _limits(values: bytes, boundaries: bytes) -> tuple[Array, Array]:
-    """For each fraction of ``FIT_CANDIDATES`` the largest u with u / fraction <= boundary, and value * fraction.
-
-    Args:
-        values, boundaries: those of a table, float32.
-    """
-    fractions = np.array(FIT_CANDIDATES, f32)[:, None]
-    edges = np.frombuffer(boundaries, f32)[None]
-    limits = edges * fractions
-    for _ in range(8):  # the quotient of a product is at most a few numbers off
-        higher = np.nextafter(limits, f32(np.inf))
-        limits = np.where(higher / fractions <= edges, higher, limits)
-        limits = np.where(limits / fractions > edges, np.nextafter(limits, -f32(np.inf)), limits)
-    return limits, np.frombuffer(values, f32)[None] * fractions
-
-
-# ---- the functions of ``reference`` ----------------------------------------------------------------------------------
+NO_DIAGONAL = np.empty(0, np.float32)
 
 
 def quantize_blockwise(
     x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.quantize_blockwise`` of contiguous float32 or bfloat16 on the CPU."""
+    if _cells_for(boundaries, bits) is None:
+        return reference.quantize_blockwise(x, values, boundaries, bits, block_size, fitted, double)
     return _parts(x, x.shape[:1], ROWS, values, boundaries, bits, block_size, fitted, double)
 
 
@@ -515,6 +49,8 @@ def quantize_symmetric(
     x: Tensor, values: Tensor, boundaries: Tensor, bits: int, block_size: int, fitted: bool, double: bool, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.quantize_symmetric`` of contiguous float32 or bfloat16 on the CPU."""
+    if _cells_for(boundaries, bits) is None:
+        return reference.quantize_symmetric(x, values, boundaries, bits, block_size, fitted, double, layout)
     lead = x.shape[:1] if layout == "triangle" else x.shape[:2]
     return _parts(x, lead, LAYOUTS[layout], values, boundaries, bits, block_size, fitted, double)
 
@@ -558,13 +94,14 @@ def dequantize_symmetric(
         _rows(parts, entries, SQUARE, (bits, block_size, double, n), out)
         return out
     how = bits, block_size, double, n * (n - 1) // 2
-    job = partial(_dequantize_triangles, parts, entries, n, how, bits_of(out))
+    job = partial(dequantize_triangles, parts, entries, n, how, bits_of(out))
     jobs = [partial(job, *piece) for piece in pieces(k * -(-n // STRIP), max(1, JOB // (STRIP * max(n, 1))))]
-    run(jobs, lambda: (np.empty(STRIP * (n + 2 * MARGIN), f32), np.empty(LARGEST_BLOCK, u8), np.empty(STRIP, f32)))
+    run(jobs, partial(strip_scratch, n))
     return out
 
 
-NO_DIAGONAL = np.empty(0, f32)
+def _cells_for(boundaries: Tensor, bits: int) -> Cells | None:
+    return cells_of(boundaries.numpy().tobytes()) if bits > 4 else NO_CELLS
 
 
 def _parts(
@@ -584,16 +121,15 @@ def _parts(
     blocks = -(-length // block_size)
     groups = -(-blocks // SCALE_GROUP)
     edges = boundaries.numpy()
-    cells = _cells(edges.tobytes()) if bits > 4 else NO_CELLS
-    if cells is None:
-        raise ValueError("boundaries lie too close together for the kernels of 6 and 8 bits")
-    limits, multiples = _limits(values.numpy().tobytes(), edges.tobytes()) if fitted else NO_LIMITS
+    cells = _cells_for(boundaries, bits)
+    assert cells is not None
+    limits, multiples = limits_of(values.numpy().tobytes(), edges.tobytes()) if fitted else NO_LIMITS
     codes = x.new_empty((*lead, packed_bytes(length, bits)), dtype=torch.uint8)
     scales = x.new_empty((*lead, blocks), dtype=torch.uint8 if double else torch.float32)
     maxima = x.new_empty((*lead, groups if double else 0), dtype=torch.float32)
     scale_arrays = _scales(scales)
     job = partial(
-        _quantize,
+        quantize,
         bits_of(x.detach()),
         layout,
         n,
@@ -605,26 +141,16 @@ def _parts(
         maxima.view(-1).numpy(),
     )
     per_job = max(1, JOB // max(1, min(length, SCALE_GROUP * block_size)))
-    run([partial(job, *piece) for piece in pieces(lead.numel() * groups, per_job)], _scratch)
+    run([partial(job, *piece) for piece in pieces(lead.numel() * groups, per_job)], scratch)
     return codes, scales, maxima
 
 
-FRACTIONS = np.array(FIT_CANDIDATES, f32)
-NO_LIMITS = np.empty((0, 0), f32), np.empty((0, 0), f32)
-
-
-def _scratch() -> Scratch:
-    x, units, squares, quotients = np.empty((4, LARGEST_BLOCK), f32)
-    codes, places = np.empty(LARGEST_BLOCK + 8, u8), np.empty(LARGEST_BLOCK, i32)
-    return x, units, squares, codes, quotients, places, np.empty(SCALE_GROUP, f32)
-
-
-def _rows(parts: Any, diagonal: Array, layout: int, how: tuple[int, int, bool, int], out: Tensor) -> None:
+def _rows(parts: tuple[Array, ...], diagonal: Array, layout: int, how: tuple[int, int, bool, int], out: Tensor) -> None:
     n = how[3]
-    job = partial(_dequantize_rows, parts, diagonal, layout, how, bits_of(out))
+    job = partial(dequantize_rows, parts, diagonal, layout, how, bits_of(out))
     runs = out.numel() // max(n, 1) * -(-n // RUN)
     jobs = [partial(job, *piece) for piece in pieces(runs, max(1, JOB // max(1, min(n, RUN))))]
-    run(jobs, lambda: (np.empty(RUN, f32), np.empty(LARGEST_BLOCK + 8, u8)))
+    run(jobs, row_scratch)
 
 
 def _coded(codes: Tensor, scales: Tensor, maxima: Tensor, values: Tensor) -> tuple[Array, ...]:

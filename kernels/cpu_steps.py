@@ -35,8 +35,8 @@ from lowbit_optim.kernels.first_order import BLOCK, FRACTION, LINES, Moment, Ste
 
 CHUNK = 2048  # blocks that a thread takes at a time
 MAX, LARGE = f32(np.finfo(f32).max), f32(2.0**100)
-# Constants, for numba reads no dict (and keeps them in its cache: touch this file when first_order, or a function of ``cpu``, changes);
-# and of the lines of 8-bit codes their number, and the codes on each.
+# Constants, for numba reads no dict (and keeps them, as what is inlined, in its cache: touch this file when first_order
+# or cpu changes); and of the lines of 8-bit codes their number, and the codes on each.
 FRACTION_4, FRACTION_8 = FRACTION[4], FRACTION[8]
 LARGEST_4, LARGEST_8 = f32(largest(4)), f32(largest(8))
 (_, (D1, B1), (D2, B2), (D3, B3), (D4, B4)) = LINES[4]

@@ -205,8 +205,9 @@ def dequantize_symmetric(
         whole[:, row, column] = rest
         whole[:, column, row] = rest
     else:
-        parts = (part.flatten(0, 1) for part in (codes, scales, maxima))
-        whole.copy_(dequantize_blockwise(*parts, values, bits, block_size, n, dtype).view(k, n, n))
+        codes, scales, maxima = (part.flatten(0, 1) for part in (codes, scales, maxima))
+        rest = dequantize_blockwise(codes, scales, maxima, values, bits, block_size, n, dtype)
+        whole.copy_(rest.view(k, n, n))
     whole.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return whole
 
@@ -252,4 +253,9 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dequantize_scales(scales: Tensor, maxima: Tensor) -> Tensor:
-    return scales.float() / 255 * maxima.repeat_interleave(SCALE_GROUP, -1)[..., : scales.shape[-1]]
+    # Divided by a tensor: by a number torch divides on CUDA as it multiplies with its inverse.
+    return (
+        scales.float()
+        / torch.full((), 255.0, device=scales.device)
+        * maxima.repeat_interleave(SCALE_GROUP, -1)[..., : scales.shape[-1]]
+    )

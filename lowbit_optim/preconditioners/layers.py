@@ -211,7 +211,7 @@ class Hook:
                 del module._forward_hooks[key]
         return module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # without importing the compiler now
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         layer = self._layer()
         if layer is None or not (torch.is_grad_enabled() and output.requires_grad and layer.wanted()):

@@ -83,8 +83,8 @@ class Quantization:
     ) -> Tensor:
         """What ``encode_symmetric`` kept, with this diagonal [k, n]: [k, n, n] in ``dtype``, into ``out`` if given."""
         values = table(self.codebook, self.bits, computed_in(dtype), diagonal.device).values
-        how = values, self.bits, self.block_size, layout, dtype
-        return kernels.dequantize_symmetric(*self._split(parts), diagonal, *how, out)
+        coded = self._split(parts)
+        return kernels.dequantize_symmetric(*coded, diagonal, values, self.bits, self.block_size, layout, dtype, out)
 
     def rounding_error(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``.

@@ -1,0 +1,143 @@
+"""Codes to numbers, compiled by numba."""
+
+from typing import Any
+
+import numpy as np
+from numpy import float32 as f32
+from numpy import uint8 as u8
+from numpy import uint32 as u32
+
+from lowbit_optim.kernels.cpu import NO_BITS, Array, Scratch, inline, kernel, narrow
+from lowbit_optim.kernels.cpu_encode import LARGEST_BLOCK, SQUARE
+from lowbit_optim.kernels.reference import SCALE_GROUP
+
+RUN = 4096  # numbers of a row that are decoded at a time
+STRIP = 32  # rows of a matrix that are decoded before their other triangle is written
+MARGIN = 8  # columns of a strip before its first
+
+
+@inline
+def _unpack(packed: Array, bits: int, codes: Array) -> None:
+    """The inverse; whole words are written."""
+    size = len(packed)
+    if bits == 8:
+        for i in range(size):
+            codes[i] = packed[i]
+    elif bits == 4:
+        for i in range(size):
+            codes[2 * i] = u8(packed[i] & u8(15))
+            codes[2 * i + 1] = u8(packed[i] >> u8(4))
+    elif bits == 2:
+        for i in range(size):
+            codes[4 * i] = u8(packed[i] & u8(3))
+            codes[4 * i + 1] = u8(u8(packed[i] >> u8(2)) & u8(3))
+            codes[4 * i + 2] = u8(u8(packed[i] >> u8(4)) & u8(3))
+            codes[4 * i + 3] = u8(packed[i] >> u8(6))
+    else:
+        words = size // 3
+        if bits == 3:
+            for word in range(words):
+                x = u32(0)
+                for j in range(3):
+                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+                for j in range(8):
+                    codes[8 * word + j] = u8(u32(x >> u32(3 * j)) & u32(7))
+        else:
+            for word in range(words):
+                x = u32(0)
+                for j in range(3):
+                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+                for j in range(4):
+                    codes[4 * word + j] = u8(u32(x >> u32(6 * j)) & u32(63))
+        if 3 * words < size:
+            x, per_word, mask = u32(0), 24 // bits, u32((1 << bits) - 1)
+            for j in range(size - 3 * words):
+                x = u32(x | u32(u32(packed[3 * words + j]) << u32(8 * j)))
+            for j in range(per_word):
+                codes[words * per_word + j] = u8(u32(x >> u32(bits * j)) & mask)
+
+
+@inline
+def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array, out: Array) -> None:
+    """The numbers from start, a multiple of 8, to stop - 1 of a coded row."""
+    packed, scales, scale_codes, maxima, values = parts
+    bits, block_size, double, row_length = how
+    blocks = (row_length + block_size - 1) // block_size
+    groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
+    row_bytes = (row_length * bits + 7) // 8
+    at = start
+    while at < stop:
+        block = at // block_size
+        end = min((block + 1) * block_size, stop)
+        if double:
+            code = f32(scale_codes[row * blocks + block])
+            scale = f32(f32(code / f32(255)) * maxima[row * groups + block // SCALE_GROUP])
+        else:
+            scale = f32(scales[row * blocks + block])
+        begin, count = row * row_bytes + at * bits // 8, end - at
+        _unpack(packed[begin : begin + (count * bits + 7) // 8], bits, codes)
+        place = at - start
+        for i in range(count):
+            out[place + i] = values[codes[i]] * scale
+        at = end
+
+
+@kernel
+def dequantize_rows(
+    parts: Any, diagonal: Array, layout: int, how: Any, target: Any, first: int, last: int, scratch: Any
+) -> int:
+    """Runs of numbers, the first to the last - 1."""
+    shift, numbers = target
+    x, codes = scratch
+    n = how[3]
+    runs = (n + RUN - 1) // RUN
+    for index in range(first, last):
+        row = index // runs
+        start = (index - row * runs) * RUN
+        stop = min(start + RUN, n)
+        _decode(parts, how, row, start, stop, codes, x)
+        column = row % n
+        if layout == SQUARE and start <= column < stop:
+            x[column - start] = diagonal[row]
+        narrow(x, shift, False, NO_BITS, numbers[row * n + start : row * n + stop])
+    return 0
+
+
+@kernel
+def dequantize_triangles(
+    parts: Any, diagonal: Array, n: int, how: Any, target: Any, first: int, last: int, scratch: Any
+) -> int:
+    """Strips of matrices, the first to the last - 1: their rows up to the diagonal, and the same columns above it."""
+    shift, numbers = target
+    x, codes, column = scratch
+    strips = (n + STRIP - 1) // STRIP
+    width = len(x) // STRIP
+    for index in range(first, last):
+        matrix = index // strips
+        top = (index - matrix * strips) * STRIP
+        bottom = min(top + STRIP, n)
+        for i in range(top, bottom):
+            start = i * (i - 1) // 2
+            ahead = start % 8
+            here = (i - top) * width + MARGIN
+            _decode(parts, how, matrix, start - ahead, start + i, codes, x[here - ahead : here + i])
+            x[here + i] = diagonal[matrix * n + i]
+            to = (matrix * n + i) * n
+            narrow(x[here : here + i + 1], shift, False, NO_BITS, numbers[to : to + i + 1])
+        for j in range(bottom - 1):
+            first_row = max(top, j + 1)
+            for i in range(first_row, bottom):
+                column[i - first_row] = x[(i - top) * width + MARGIN + j]
+            to = (matrix * n + j) * n
+            narrow(column, shift, False, NO_BITS, numbers[to + first_row : to + bottom])
+    return 0
+
+
+def row_scratch() -> Scratch:
+    """What ``dequantize_rows`` works in."""
+    return np.empty(RUN, f32), np.empty(LARGEST_BLOCK + 8, u8)
+
+
+def strip_scratch(n: int) -> Scratch:
+    """What ``dequantize_triangles`` works in for matrices of order n."""
+    return np.empty(STRIP * (n + 2 * MARGIN), f32), np.empty(LARGEST_BLOCK + 8, u8), np.empty(STRIP, f32)
