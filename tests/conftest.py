@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 import torch
 
 pytest_plugins = ["tests.conformance", "pytester"]
@@ -17,3 +18,12 @@ torch.set_num_threads(1)
 # Triton reads this when it is imported: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(params=["eigh", "products"])
+def route(request):
+    """Both ways to an inverse root, whatever the device: the second is that of a GPU."""
+    from lowbit_optim.roots import forced_route  # after Triton's setting
+
+    with forced_route(request.param):
+        yield request.param

@@ -97,7 +97,7 @@ MEANINGLESS = 0.33
 
 
 @each_form
-def test_updates_against_the_oracle(storage, bits):
+def test_updates_against_the_oracle(storage, bits, route):
     factor = make(storage, bits)
     stream, averages, roots = statistics(30)
     state = factor.init(1, ORDER, torch.float32, "cpu")
@@ -169,7 +169,7 @@ def hostile():
 
 
 @each_form
-def test_hostile_statistics(storage, bits):
+def test_hostile_statistics(storage, bits, route):
     """Roots stay finite and nothing is raised, at the start and after an ordinary statistic; guards are counted."""
     factor = make(storage, bits)
     names, bad = hostile()
