@@ -32,7 +32,6 @@ _forced: ContextVar[str | None] = ContextVar("lowbit_optim_route", default=None)
 
 _TOLERANCE = 1e-6  # of the eigenvalues of a root, relative
 _MARGIN = 1.25  # by which the largest eigenvalue may be larger than the power iteration says
-_FLOOR = 1 / 3  # of a clamp: being soft it lifts what is below again at each turn of an average, and settles near 1
 _SHARE = 0.02  # see _minimax
 _EXCESS = 2.0  # by which a root may be larger than its clamp: rounding leaves eigenvalues of 0 slightly negative
 
@@ -108,7 +107,7 @@ def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp
     if not clamp:
         added = torch.where(positive, eps * largest if ridge is None else ridge, 0.0)
         a, largest = a + each(added, a) * eye, largest + added
-    floor = max(_FLOOR * eps if clamp else eps if ridge is None else 0.0, torch.finfo(a.dtype).eps)
+    floor = max(eps if clamp or ridge is None else 0.0, torch.finfo(a.dtype).eps)
     root = _iterate(a / each(largest, a), p, _steps(p, floor, clamp))
     limit = _EXCESS * floor ** (-1 / p)
     # The first is False for what is not finite, too, and keeps the second from overflowing.
@@ -119,8 +118,8 @@ def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp
 def inverse_power(x: Tensor, q: int, floor: float, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """max(X, floor^(1/q) lambda_max)^-q - ridge I.
 
-    By products the clamp is soft and acts on |X|, at half of that: what is as large as lambda_max floor^(1/q) comes
-    back 3 % smaller at q = 4, and from twice that on exactly. (An odd q is left to eigh.)
+    By products the clamp is soft and acts on |X|, at 0.7 of that: at q = 4, what is as large as floor^(1/q) lambda_max
+    comes back a quarter smaller, and from twice that on exactly. (An odd q is left to eigh.)
 
     Args:
         x: symmetric [k, n, n], in which rounding may have made small eigenvalues smaller, or negative.
@@ -141,7 +140,7 @@ def inverse_power(x: Tensor, q: int, floor: float, ridge: Tensor | None = None) 
     square = x @ x
     largest = largest_eigenvalue(square)
     largest = torch.where(largest > 0, largest, 1.0)
-    inverse = _iterate(square / each(largest, square), 1, _steps(1, floor ** (2 / q) / 4, True))
+    inverse = _iterate(square / each(largest, square), 1, _steps(1, floor ** (2 / q) / 2, True))
     power = symmetrize(torch.linalg.matrix_power(symmetrize(inverse), q // 2)) * each(largest.pow(-q / 2), x)
     if ridge is not None:
         power = power - torch.diag_embed(ridge.unsqueeze(-1).expand(x.shape[:-1]))

@@ -95,7 +95,7 @@ def test_a_given_ridge(p, ridge, route):
 
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_a_clamp_by_products_is_soft(p, no_eigh):
-    """Exact well above it; below it at the third that recursion asks for, at most; monotone between."""
+    """Exact well above it; at 0 what a clamp yields; monotone between."""
     values = np.array([1.0, 1e-1, 1e-2, 1e-4, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 1e-8, 0.0])
     a, u = spectral(values, np.random.default_rng(4))
     with forced_route("products"):
@@ -103,7 +103,7 @@ def test_a_clamp_by_products_is_soft(p, no_eigh):
     assert ok.all()
     got = np.diag(u.T @ x[0].numpy() @ u)
     np.testing.assert_allclose(got[:5], values[:5] ** (-1 / p), rtol=1e-4)
-    np.testing.assert_allclose(got[-1], (1e-6 / 3) ** (-1 / p), rtol=1e-3)
+    np.testing.assert_allclose(got[-1], 1e-6 ** (-1 / p), rtol=1e-3)
     assert (np.diff(got) > 0).all()
 
 
@@ -166,10 +166,10 @@ def test_the_largest_eigenvalue_is_not_that_of_the_row_where_the_iteration_start
 
 
 def test_products_of_a_root():
-    """28 to 36 in float32: an eigendecomposition on a GPU costs hundreds."""
-    assert products(4, 1e-6 / 3, True) == 32
+    """28 to 32 in float32: an eigendecomposition on a GPU costs hundreds."""
+    assert products(4, 1e-6, True) == 28
     assert products(4, 1e-6, False) == 32
-    assert products(1, math.sqrt(1e-6) / 4, True) == 14
+    assert products(1, math.sqrt(1e-6) / 2, True) == 14
 
 
 # --------------------------------------------------------------------------------------------------------- powers
@@ -188,7 +188,7 @@ def test_inverse_power(q, dtype, route):
 
 
 def test_what_rounding_made_too_small_or_negative_is_clamped_when_a_power_is_read(route):
-    """The largest eigenvalue that may come back is 1 / floor, by products 16 times that, whatever the sign."""
+    """The largest eigenvalue that may come back is 1 / floor, by products 4 times that, whatever the sign."""
     values = np.array([1.0, 0.5, 0.2, 0.1, 1e-3, 0.0, -1e-3, -2e-2])
     x, u = spectral(values, np.random.default_rng(1))
     power, ok = inverse_power(torch.from_numpy(x)[None], 4, 1e-6)
@@ -196,7 +196,7 @@ def test_what_rounding_made_too_small_or_negative_is_clamped_when_a_power_is_rea
     got = np.diag(u.T @ power[0].numpy() @ u)
     np.testing.assert_allclose(got[:4], values[:4] ** -4.0, rtol=1e-3)
     assert (got[4:] > 1e5).all()
-    assert (got[4:] < (1.0001e6 if route == "eigh" else 1.6001e7)).all()
+    assert (got[4:] < (1.0001e6 if route == "eigh" else 4.001e6)).all()
 
 
 def test_a_ridge_is_taken_off_again(route):
