@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.matrices import WIDTHS, angle, bits_per_element, low_bit, power, relative_error, two_level
 from benchmarks.report import keep, show
-from lowbit_optim.linalg import inverse_root
+from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage import Quantization, Symmetric
 from lowbit_optim.storage.eigen import Eigen, Rows
 from lowbit_optim.storage.factors import Direct, Factor, put

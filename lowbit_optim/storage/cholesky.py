@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import cholesky, finite, inverse_root
+from lowbit_optim.linalg import cholesky, finite
+from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.factors import Coded, State, counters, put, take
 
 # What makes A definite, relative to its mean eigenvalue, at most: it enters the average, as damping must not.

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import each, finite, inverse_root, power_of_two, symmetrize, trace
+from lowbit_optim.linalg import each, finite, power_of_two, symmetrize, trace
+from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
 

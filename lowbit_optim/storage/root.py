@@ -13,12 +13,12 @@ from lowbit_optim.linalg import (
     eigh,
     exponential,
     finite,
-    inverse_root,
     largest_eigenvalue,
     matrix_power,
     symmetrize,
     trace,
 )
+from lowbit_optim.roots import inverse_power, inverse_root
 from lowbit_optim.storage.factors import Coded, State, counters, put, take
 
 # Of a root: a root of low power of tiny statistics would overflow in float32, and its direction is what matters.
@@ -89,14 +89,12 @@ class Root(Coded):
 
     def _normalized_statistic(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A / r^2, of trace n, or zeros before the first statistic; ok [k]."""
-        values, vectors, ok = eigh(symmetrize(self.codec.decode(take(self.name, state), dtype)))
-        values = self._eigenvalues(values)
-        if self.ridge != "clamp":
-            values = (values - state["ridge"].to(dtype).unsqueeze(-1)).clamp(min=0)
-        total = values.sum(-1, keepdim=True)
+        x = symmetrize(self.codec.decode(take(self.name, state), dtype))
+        a, ok = self._read(x, None if self.ridge == "clamp" else state["ridge"].to(dtype))
+        total = trace(a)
         # Zero if a ridge was so large that nothing is left of A beside it.
-        values = torch.where(total > 0, values * (values.shape[-1] / total), 1.0)
-        a = matrix_power(values, vectors, 1.0)
+        eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
+        a = torch.where(each(total > 0, a), a * each(a.shape[-1] / total, a), eye)
         return torch.where(each(state["rms"] > 0, a), a, 0.0), ok
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
@@ -126,9 +124,9 @@ class Root(Coded):
         """X of a normalized A with its ridge, before coding; ok [k]."""
         return inverse_root(a, self._q, self._floor, clamp=True)
 
-    def _eigenvalues(self, values: Tensor) -> Tensor:
-        """Of A with its ridge, from those of X, [k, n] ascending; without a ridge their scale does not matter."""
-        return damped(values, self._floor ** (1 / self._q), clamp=True).pow(-self._q)
+    def _read(self, x: Tensor, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A from X, without its ridge [k]; if it has none, up to a factor. ok [k]."""
+        return inverse_power(x, self._q, self._floor, ridge)
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         """A^(-1/p) from X."""
@@ -141,7 +139,8 @@ class Logarithm(Root):
 
     Rounding errors of X are relative errors of A's eigenvalues, the same for large and small ones, where those of
     A^(-1/q) fall on the largest; so the statistic does not wander at 4-bit codes and less. Each root costs six
-    matrix products more, in every step (at p = 4 and eps = 1e-6).
+    matrix products more, in every step (at p = 4 and eps = 1e-6), and an update takes two eigendecompositions on every
+    device: there is no route by products.
     """
 
     name: ClassVar[str] = "logarithm"
@@ -158,10 +157,13 @@ class Logarithm(Root):
         x = symmetrize((vectors * -damped(values, self._floor, clamp=True).log().unsqueeze(-2)) @ vectors.mT)
         return x, ok & finite(x)
 
-    def _eigenvalues(self, values: Tensor) -> Tensor:
+    def _read(self, x: Tensor, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
+        values, vectors, ok = eigh(x)
         smallest = values[..., :1]
-        relative = (smallest - values).exp()  # 1 for the smallest of X, the largest of A
-        return relative if self.ridge == "clamp" else relative * smallest.clamp(min=-60).neg().exp()
+        values = (smallest - values).exp()  # 1 for the smallest of X, the largest of A
+        if ridge is not None:
+            values = (values * smallest.clamp(min=-60).neg().exp() - ridge.unsqueeze(-1)).clamp(min=0)
+        return matrix_power(values, vectors, 1.0), ok
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         return exponential(x / self.power, -math.log(self._floor) / self.power)
