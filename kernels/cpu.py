@@ -7,11 +7,9 @@ operation (numba computes in 64). Without ``fastmath`` every operation rounds as
 Threads are those of an executor: numba's own abort in a forked child, or when two threads call them at once.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numba
@@ -22,6 +20,8 @@ from numpy import uint8 as u8
 from numpy import uint32 as u32
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lowbit_optim.kernels.threads import executor
 
 Array = NDArray[Any]
 Scratch = tuple[Array, ...]
@@ -83,16 +83,6 @@ def bits_of(x: Tensor) -> tuple[int, Array]:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _executor() -> ThreadPoolExecutor:
-    """Its threads are started when there is work for them."""
-    return ThreadPoolExecutor(os.cpu_count(), "lowbit_optim")
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_executor.cache_clear)  # the child has none of the threads
-
-
 def pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
     """First and last + 1 of pieces of this size of so many things."""
     return ((first, min(first + size, count)) for first in range(0, count, size))
@@ -107,7 +97,7 @@ def run(jobs: Sequence[Job], scratch: Callable[[], Scratch]) -> list[int]:
     left = deque(enumerate(jobs))
     results = [0] * len(jobs)
     helpers = min(torch.get_num_threads(), len(jobs)) - 1
-    futures = [_executor().submit(_work, left, results, scratch) for _ in range(helpers)]
+    futures = [executor().submit(_work, left, results, scratch) for _ in range(helpers)]
     try:
         _work(left, results, scratch)
     finally:  # nobody writes when this returns, whatever happened

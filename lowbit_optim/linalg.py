@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_optim.kernels.threads import executor
+
 # Added to the diagonal before a decomposition, relative to its largest number: without it float32 eigh returns NaN for
 # some finite symmetric matrices with many zero rows.
 _RIDGE = 1e-12
@@ -83,6 +85,11 @@ def finite(a: Tensor) -> Tensor:
 def each(x: Tensor, like: Tensor) -> Tensor:
     """[k] to [k, 1, ...] with the dims of ``like``, to scale or choose the members of a batch."""
     return x.view(-1, *[1] * (like.dim() - 1))
+
+
+def largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """max |x| over these dims; not finite where any of them is not. It takes no memory, as |x| would."""
+    return x.amax(dims).maximum(-x.amin(dims))
 
 
 def power_of_two(x: Tensor, least: float, most: float) -> Tensor:
@@ -165,7 +172,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ridge = _RIDGE * a.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
     a = a + torch.diag_embed(ridge.expand(a.shape[:-1]))
     try:
-        values, vectors = torch.linalg.eigh(a)
+        values, vectors = _eigh(a)
         ok = finite(vectors) & finite(values)
     except torch.linalg.LinAlgError:  # one failure fails the whole batch
         values, vectors = torch.zeros_like(a[..., 0]), torch.zeros_like(a)
@@ -179,6 +186,26 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values[i], vectors[i] = value.to(a), vector.to(a)
             ok[i] = torch.isfinite(values[i]).all() & torch.isfinite(vectors[i]).all()
     return values, vectors, ok
+
+
+def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh``; on the CPU every thread decomposes matrices of its own, which takes half of the time.
+
+    LAPACK's own threads mostly wait for each other. They are kept from it by torch's number of threads, of which MKL's
+    part is the process's: other threads that decompose meanwhile are alone, too, and get it back here.
+    """
+    threads = torch.get_num_threads()
+    if a.device.type != "cpu" or threads == 1 or len(a) == 1:
+        return torch.linalg.eigh(a)
+    values, vectors = torch.empty_like(a[..., 0]), torch.empty_like(a)
+    torch.set_num_threads(1)
+    try:
+        others = [executor().submit(torch.linalg.eigh, a[i::threads]) for i in range(1, min(threads, len(a)))]
+        for i, own in enumerate([torch.linalg.eigh(a[::threads]), *(other.result() for other in others)]):
+            values[i::threads], vectors[i::threads] = own
+    finally:
+        torch.set_num_threads(threads)
+    return values, vectors
 
 
 def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:

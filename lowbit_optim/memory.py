@@ -305,7 +305,7 @@ def _shorten(preconditioner: KroneckerPreconditioner, device: str) -> None:
     preconditioner.workspace.meta = device
     parts, slices = preconditioner.parts, preconditioner.slices
     vars(preconditioner).update(
-        parts=lambda bucket: [max(parts(bucket), key=lambda part: sum(part.counts))],
+        parts=lambda *run: sorted(parts(*run), key=lambda part: -sum(part.counts))[:1],
         slices=lambda *run: islice(slices(*run), 1),
     )
 

@@ -1,6 +1,6 @@
 """What a step has to do, sorted so that it can be done to many blocks at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -93,12 +93,18 @@ class Bucket:
         for own, x in zip((self.units, self.blockings, self.states, self.turns), (unit, cut, state, turn), strict=True):
             own.append(x)  # type: ignore[attr-defined]
 
-    def part(self, start: int, stop: int) -> "Bucket":
-        """The units from start to stop."""
-        lists = {name: getattr(self, name)[start:stop] for name in ("units", "blockings", "states", "turns")}
-        return replace(self, **lists)
+    def part(self, wanted: Iterable[int]) -> "Bucket":
+        """Some of the units."""
+        wanted = list(wanted)
+        lists = {name: getattr(self, name) for name in ("units", "blockings", "states", "turns")}
+        changed: dict[str, Any] = {name: [own[i] for i in wanted] for name, own in lists.items()}
+        return replace(self, **changed)
 
-    def due(self) -> Iterator[Turn]:
+    def due(self) -> "Bucket":
+        """The units of which some blocks have their turn."""
+        return self.part(i for i, turn in enumerate(self.turns) if turn.first < turn.last)
+
+    def runs(self) -> Iterator[Turn]:
         """Runs of the stacked blocks whose turn it is."""
         offset, run = 0, Turn(0, 0, False, False)
         for count, turn in zip(self.counts, self.turns, strict=True):
@@ -141,13 +147,15 @@ class Bucket:
 def parts(bucket: Bucket, room: int) -> Iterator[Bucket]:
     """Whole units whose blocks, and as many temporaries, fill half of the room; at least one each time."""
     start, used = 0, 0
+    if not bucket.units:
+        return
     for i, cut in enumerate(bucket.blockings):
         size = 2 * cut.count * cut.rows * cut.columns * bucket.dtype.itemsize
         if i > start and used + size > room // 2:
-            yield bucket.part(start, i)
+            yield bucket.part(range(start, i))
             start, used = i, 0
         used += size
-    yield bucket.part(start, len(bucket.blockings))
+    yield bucket.part(range(start, len(bucket.units)))
 
 
 def slices(start: int, stop: int, each: int, room: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import each, finite, power_of_two, symmetrize, trace
+from lowbit_optim.linalg import each, finite, largest_magnitude, power_of_two, symmetrize, trace
 from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
@@ -187,7 +187,7 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
 
 def without_scale(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Matrices [k, n, n] over the power of two of their largest number, and that power, [k]; 1 if they are zero."""
-    magnitude = power_of_two(x.abs().amax((1, 2)), 2.0**-99, 2.0**99)
+    magnitude = power_of_two(largest_magnitude(x, (1, 2)), 2.0**-99, 2.0**99)
     return torch.mul(x, each(1 / magnitude, x), out=out), magnitude
 
 
