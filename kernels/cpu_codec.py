@@ -33,7 +33,7 @@ from lowbit_optim.kernels.reference import SCALE_GROUP, packed_bytes
 
 JOB = 1 << 18  # numbers that a thread takes at a time, about
 LAYOUTS = {"square": SQUARE, "triangle": TRIANGLE}
-NO_DIAGONAL = np.empty(0, np.float32)
+NO_DIAGONAL, NO_HALVES = np.empty(0, np.float32), np.empty(0, np.uint16)
 
 
 def quantize_blockwise(
@@ -94,7 +94,7 @@ def dequantize_symmetric(
         _rows(parts, entries, SQUARE, (bits, block_size, double, n), out)
         return out
     how = bits, block_size, double, n * (n - 1) // 2
-    job = partial(dequantize_triangles, parts, entries, n, how, bits_of(out))
+    job = partial(dequantize_triangles, parts, entries, n, how, _target(out))
     jobs = [partial(job, *piece) for piece in pieces(k * -(-n // STRIP), max(1, JOB // (STRIP * max(n, 1))))]
     run(jobs, partial(strip_scratch, n))
     return out
@@ -147,10 +147,17 @@ def _parts(
 
 def _rows(parts: tuple[Array, ...], diagonal: Array, layout: int, how: tuple[int, int, bool, int], out: Tensor) -> None:
     n = how[3]
-    job = partial(dequantize_rows, parts, diagonal, layout, how, bits_of(out))
+    job = partial(dequantize_rows, parts, diagonal, layout, how, _target(out))
     runs = out.numel() // max(n, 1) * -(-n // RUN)
     jobs = [partial(job, *piece) for piece in pieces(runs, max(1, JOB // max(1, min(n, RUN))))]
     run(jobs, row_scratch)
+
+
+def _target(out: Tensor) -> tuple[bool, Array, Array]:
+    """Whether it is float32, and its numbers as such or as the bits of bfloat16."""
+    if out.dtype == torch.float32:
+        return True, out.view(-1).numpy(), NO_HALVES
+    return False, NO_SCALES, out.view(-1).view(torch.uint16).numpy()
 
 
 def _coded(codes: Tensor, scales: Tensor, maxima: Tensor, values: Tensor) -> tuple[Array, ...]:

@@ -11,23 +11,16 @@ from lowbit_optim.kernels.cpu import NO_BITS, Array, Scratch, inline, kernel, na
 from lowbit_optim.kernels.cpu_encode import LARGEST_BLOCK, SQUARE
 from lowbit_optim.kernels.reference import SCALE_GROUP
 
-RUN = 4096  # numbers of a row that are decoded at a time
-STRIP = 32  # rows of a matrix that are decoded before their other triangle is written
+RUN = 1024  # numbers of a row that are decoded at a time
+STRIP = 64  # rows of a matrix that are decoded before their other triangle is written
 MARGIN = 8  # columns of a strip before its first
 
 
 @inline
 def _unpack(packed: Array, bits: int, codes: Array) -> None:
-    """The inverse; whole words are written."""
+    """Packed codes of 2, 3 or 6 bits, one a byte; whole words are written."""
     size = len(packed)
-    if bits == 8:
-        for i in range(size):
-            codes[i] = packed[i]
-    elif bits == 4:
-        for i in range(size):
-            codes[2 * i] = u8(packed[i] & u8(15))
-            codes[2 * i + 1] = u8(packed[i] >> u8(4))
-    elif bits == 2:
+    if bits == 2:
         for i in range(size):
             codes[4 * i] = u8(packed[i] & u8(3))
             codes[4 * i + 1] = u8(u8(packed[i] >> u8(2)) & u8(3))
@@ -75,11 +68,33 @@ def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array,
         else:
             scale = f32(scales[row * blocks + block])
         begin, count = row * row_bytes + at * bits // 8, end - at
-        _unpack(packed[begin : begin + (count * bits + 7) // 8], bits, codes)
-        place = at - start
-        for i in range(count):
-            out[place + i] = values[codes[i]] * scale
+        here, numbers = packed[begin : begin + (count * bits + 7) // 8], out[at - start : end - start]
+        if bits == 8:
+            for i in range(count):
+                numbers[i] = values[here[i]] * scale
+        elif bits == 4:
+            for i in range(count // 2):
+                numbers[2 * i] = values[here[i] & u8(15)] * scale
+                numbers[2 * i + 1] = values[here[i] >> u8(4)] * scale
+            if count % 2 == 1:
+                numbers[count - 1] = values[here[count // 2] & u8(15)] * scale
+        else:
+            _unpack(here, bits, codes)
+            for i in range(count):
+                numbers[i] = values[codes[i]] * scale
         at = end
+
+
+@inline
+def _put(x: Array, target: Any, first: int) -> None:
+    """Write numbers where the first one belongs."""
+    wide, floats, halves = target
+    if wide:
+        out = floats[first : first + len(x)]
+        for i in range(len(x)):
+            out[i] = x[i]
+    else:
+        narrow(x, 16, False, NO_BITS, halves[first : first + len(x)])
 
 
 @kernel
@@ -87,7 +102,7 @@ def dequantize_rows(
     parts: Any, diagonal: Array, layout: int, how: Any, target: Any, first: int, last: int, scratch: Any
 ) -> int:
     """Runs of numbers, the first to the last - 1."""
-    shift, numbers = target
+    wide, floats, _ = target
     x, codes = scratch
     n = how[3]
     runs = (n + RUN - 1) // RUN
@@ -95,11 +110,13 @@ def dequantize_rows(
         row = index // runs
         start = (index - row * runs) * RUN
         stop = min(start + RUN, n)
-        _decode(parts, how, row, start, stop, codes, x)
-        column = row % n
-        if layout == SQUARE and start <= column < stop:
-            x[column - start] = diagonal[row]
-        narrow(x, shift, False, NO_BITS, numbers[row * n + start : row * n + stop])
+        place, column, count = row * n + start, row % n - start, stop - start
+        out = floats[place : place + count] if wide else x[:count]
+        _decode(parts, how, row, start, stop, codes, out)
+        if layout == SQUARE and 0 <= column < count:
+            out[column] = diagonal[row]
+        if not wide:
+            _put(out, target, place)
     return 0
 
 
@@ -108,7 +125,7 @@ def dequantize_triangles(
     parts: Any, diagonal: Array, n: int, how: Any, target: Any, first: int, last: int, scratch: Any
 ) -> int:
     """Strips of matrices, the first to the last - 1: their rows up to the diagonal, and the same columns above it."""
-    shift, numbers = target
+    wide, floats, _ = target
     x, codes, column = scratch
     strips = (n + STRIP - 1) // STRIP
     width = len(x) // STRIP
@@ -122,14 +139,16 @@ def dequantize_triangles(
             here = (i - top) * width + MARGIN
             _decode(parts, how, matrix, start - ahead, start + i, codes, x[here - ahead : here + i])
             x[here + i] = diagonal[matrix * n + i]
-            to = (matrix * n + i) * n
-            narrow(x[here : here + i + 1], shift, False, NO_BITS, numbers[to : to + i + 1])
+            _put(x[here : here + i + 1], target, (matrix * n + i) * n)
         for j in range(bottom - 1):
             first_row = max(top, j + 1)
-            for i in range(first_row, bottom):
-                column[i - first_row] = x[(i - top) * width + MARGIN + j]
-            to = (matrix * n + j) * n
-            narrow(column, shift, False, NO_BITS, numbers[to + first_row : to + bottom])
+            count, place = bottom - first_row, (matrix * n + j) * n + first_row
+            below = x[(first_row - top) * width + MARGIN + j :]
+            right = floats[place : place + count] if wide else column[:count]
+            for i in range(count):
+                right[i] = below[i * width]
+            if not wide:
+                _put(right, target, place)
     return 0
 
 

@@ -2,7 +2,8 @@
 
 Numbers are taken a block at a time. Of few bits, a code is the number of boundaries below the quotient: as many
 comparisons, which are vector instructions. Of 6 or 8 bits the quotient's leading bits name a cell of the floats in
-which at most one boundary lies, and the code is that of the cell or the next one (``cells_of``).
+which at most one boundary lies, and the code is that of the cell or the next one (``cells_of``); where boundaries are
+evenly spaced, the nearest one is computed.
 
 A fitted scale asks for the codes of a block at each of ``FIT_CANDIDATES``. Of few bits the quotients are not made: for
 each candidate and boundary there is a largest float whose quotient is not above the boundary (``limits_of``).
@@ -32,7 +33,10 @@ ROWS, SQUARE, TRIANGLE = 0, 1, 2  # layouts
 
 
 class Cells(NamedTuple):
-    """Cells of the floats, by sign and leading bits: positive ones by magnitude, then negative ones."""
+    """Cells of the floats, by sign and leading bits: positive ones by magnitude, then negative ones.
+
+    Or ``shift`` is 0, and boundaries 0 to ``last`` are evenly spaced: (2j - last) / (last + 1), none of them in cells.
+    """
 
     shift: int  # bits of a float that do not count
     lowest: int  # the leading bits of the first cell, which begins at zero
@@ -52,6 +56,9 @@ def cells_of(boundaries: bytes) -> Cells | None:
         boundaries: those of a table, float32, ascending.
     """
     all_ = np.frombuffer(boundaries, f32)
+    last = len(all_) - 2
+    if np.array_equal(all_, np.append((2 * np.arange(last + 1, dtype=f32) - f32(last)) / f32(last + 1), f32(np.inf))):
+        return Cells(0, 0, last, np.empty(0, u8), np.empty(0, f32))
     magnitudes = np.abs(all_[np.isfinite(all_) & (all_ != 0)])
     ends = np.array([magnitudes.min(), magnitudes.max()], f32).view(u32) if len(magnitudes) else np.zeros(2, u32)
     for shift in range(22, 12, -1):
@@ -193,8 +200,25 @@ def _nearest(x: Array, count: int, divisor: f32, bits: int, tables: Any, scratch
             for j in range(3):
                 code = u32(code + u32(quotient > boundaries[j]))
             codes[i] = code
+    elif cells[0] == 0:
+        _of_even(x, count, divisor, cells[2], codes)
     else:
         _of_cells(x, count, divisor, cells, quotients, places, codes)
+
+
+@inline
+def _of_even(x: Array, count: int, divisor: f32, last: int, codes: Array) -> None:
+    """The codes of x / divisor where boundary j, of 0 to last, is (2j - last) / (last + 1): tried is the nearest."""
+    last_, half, shift = f32(last), f32(f32(last + 1) / f32(2)), f32(2**23)
+    for i in range(count):
+        quotient = f32(f32(x[i]) / divisor)
+        place = quotient * half + last_ / f32(2)
+        place = place if place > f32(0) else f32(0)
+        place = place if place < last_ else last_
+        rounded = f32(place + shift)  # to a whole number, in its lowest bits
+        nearest = f32(rounded - shift)
+        boundary = f32(f32(nearest + nearest) - last_) / f32(last_ + f32(1))
+        codes[i] = u32(u32(rounded.view(u32) & u32(255)) + u32(quotient > boundary))
 
 
 @inline
@@ -209,10 +233,10 @@ def _of_cells(x: Array, count: int, divisor: f32, cells: Any, quotients: Array, 
         place = i32(i32(u32(u32(whole & u32(0x7FFFFFFF)) >> u32(shift & 31))) - first)
         place = i32(0) if place < i32(0) else place
         place = end if place > end else place
-        places[i] = i32(place + (i32(end + i32(1)) if whole > u32(0x7FFFFFFF) else i32(0)))
+        places[i] = u32(place + (i32(end + i32(1)) if whole > u32(0x7FFFFFFF) else i32(0)))
     for i in range(count):
-        place = places[i]
-        codes[i] = u32(u32(codes_of[place]) + u32(quotients[i] > limits[place]))
+        place_ = places[i]
+        codes[i] = u32(u32(codes_of[place_]) + u32(quotients[i] > limits[place_]))
 
 
 @inline
@@ -363,5 +387,5 @@ def quantize(
 def scratch() -> Scratch:
     """What ``quantize`` works in."""
     x, units, squares, quotients = np.empty((4, LARGEST_BLOCK), f32)
-    codes, places = np.empty(LARGEST_BLOCK + 8, u8), np.empty(LARGEST_BLOCK, i32)
+    codes, places = np.empty(LARGEST_BLOCK + 8, u8), np.empty(LARGEST_BLOCK, u32)
     return x, units, squares, codes, quotients, places, np.empty(SCALE_GROUP, f32)
