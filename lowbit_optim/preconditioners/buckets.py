@@ -126,8 +126,12 @@ class Bucket:
         for unit, cut, own in zip(self.units, self.blockings, out.split(self.counts), strict=True):
             cut.read(_joint_gradient(unit), own)
 
-    def scatter(self, blocks: Tensor) -> None:
-        """Write the blocks into the gradients, which stay below ``LARGEST`` and what their dtype can hold."""
+    def scatter(self, blocks: Tensor, weight: Tensor) -> None:
+        """Write the blocks times their weights, [k], into the gradients.
+
+        They stay below ``LARGEST`` and what their dtype can hold. The blocks may be overwritten.
+        """
+        blocks *= weight.view(-1, 1, 1)
         blocks.clamp_(-LARGEST, LARGEST)
         for unit, cut, own in zip(self.units, self.blockings, blocks.split(self.counts), strict=True):
             gradients = [parameter.grad for parameter in unit]

@@ -298,7 +298,7 @@ class KroneckerPreconditioner(ABC):
         bad = _count_nonfinite(part, ~torch.isfinite(largest))
         troubles = torch.stack([bad, torch.zeros_like(bad)])
         if not part.precondition:
-            part.scatter(gradient)
+            part.scatter(gradient, torch.ones_like(largest))
             return troubles
         magnitude = _divide(gradient, largest)
         stack, squares = Stack(part.states, part.counts), _squares(gradient)
@@ -314,9 +314,7 @@ class KroneckerPreconditioner(ABC):
                 weight[start:stop] *= factor
         if part.graft:
             weight = _graft(part, squares, magnitude, _squares(gradient), weight)
-        limit = torch.finfo(part.dtype).max
-        gradient *= each(weight.clamp(max=limit).to(part.dtype), gradient)
-        part.scatter(gradient)
+        part.scatter(gradient, weight.clamp(max=torch.finfo(part.dtype).max).to(part.dtype))
         return troubles
 
     def _gradient(self, part: Bucket) -> tuple[Tensor, Tensor]:
@@ -325,7 +323,9 @@ class KroneckerPreconditioner(ABC):
         (gradient,) = self.workspace.take("gradient", part.device, part.dtype, shape)
         part.gather(gradient)
         largest = largest_magnitude(gradient, (1, 2))
-        _clear(gradient, each(~torch.isfinite(largest), gradient))
+        bad = ~torch.isfinite(largest)
+        if gradient.device.type != "cpu" or bool(bad.any()):  # to look at it, other devices would have to be waited for
+            _clear(gradient, each(bad, gradient))
         return gradient, largest
 
     def _update(self, part: Bucket, stack: Stack, turn: Turn, gradient: Tensor, magnitude: Tensor) -> Tensor:
@@ -378,6 +378,9 @@ def _divide(blocks: Tensor, largest: Tensor) -> Tensor:
 
     They have a floor, so that inverse roots of subnormal gradients do not overflow.
     """
+    moderate = (largest == 0) | ((largest > 1e-9) & (largest < 1e9))
+    if blocks.device.type == "cpu" and bool(moderate.all()):  # it would change no bit of any result
+        return torch.ones_like(largest)
     most = 2.0**126 if blocks.dtype == torch.float32 else 2.0**1000
     magnitude = power_of_two(torch.where(torch.isfinite(largest), largest, 0.0), 2.0**-99, most)
     blocks *= each(1 / magnitude, blocks)
