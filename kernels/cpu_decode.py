@@ -6,6 +6,7 @@ import numpy as np
 from numpy import float32 as f32
 from numpy import uint8 as u8
 from numpy import uint32 as u32
+from numpy import uint64 as u64
 
 from lowbit_optim.kernels.cpu import NO_BITS, Array, Scratch, inline, kernel, narrow
 from lowbit_optim.kernels.cpu_encode import LARGEST_BLOCK, SQUARE
@@ -145,8 +146,8 @@ def dequantize_triangles(
             count, place = bottom - first_row, (matrix * n + j) * n + first_row
             below = x[(first_row - top) * width + MARGIN + j :]
             right = floats[place : place + count] if wide else column[:count]
-            for i in range(count):
-                right[i] = below[i * width]
+            for i in range(count):  # unsigned: others are looked at for being negative
+                right[i] = below[u64(i) * u64(width)]
             if not wide:
                 _put(right, target, place)
     return 0
