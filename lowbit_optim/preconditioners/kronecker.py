@@ -207,7 +207,7 @@ class KroneckerPreconditioner(ABC):
         """For each side the ridge [k] of forms that want it given."""
         return None, None
 
-    @torch.compiler.disable  # buckets change with every schedule: a compiled step would be traced again and again
+    @torch._disable_dynamo  # what is due changes: it would be traced again and again
     @torch.no_grad()
     def step(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> Tensor | None:
         """Guard and precondition every gradient of the groups, in place.
