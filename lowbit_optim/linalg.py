@@ -191,11 +191,12 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh``; on the CPU every thread decomposes matrices of its own, which takes half of the time.
 
-    LAPACK's own threads mostly wait for each other. They are kept from it by torch's number of threads, of which MKL's
-    part is the process's: other threads that decompose meanwhile are alone, too, and get it back here.
+    LAPACK's own threads mostly wait for each other, and help only where there are many for each matrix. They are kept
+    from it by torch's number of threads, of which MKL's part is the process's: other threads that decompose meanwhile
+    are alone, too, and get it back here.
     """
     threads = torch.get_num_threads()
-    if a.device.type != "cpu" or threads == 1 or len(a) == 1:
+    if a.device.type != "cpu" or threads == 1 or threads >= 4 * len(a):
         return torch.linalg.eigh(a)
     values, vectors = torch.empty_like(a[..., 0]), torch.empty_like(a)
     torch.set_num_threads(1)
