@@ -1,5 +1,7 @@
 """Batched matrix functions against numpy in float64, and what happens when a decomposition fails."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lowbit_optim.linalg import (
     full_precision,
     orthogonal_iteration,
     rectify,
+    symmetrize,
 )
 from lowbit_optim.roots import inverse_root
 from tests import oracles
@@ -185,3 +188,34 @@ def test_full_precision_keeps_the_older_setting_readable(precision):
         assert torch.backends.cuda.matmul.allow_tf32 == (precision != "highest")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_as_many_matrices_as_threads_at_once_are_decomposed_as_one_after_the_other(threads, count):
+    a = torch.stack([symmetrize(torch.randn(70, 70, generator=torch.Generator().manual_seed(i))) for i in range(count)])
+    a[0, 0, 0] = math.nan if count == 5 else 1.0  # the others must not suffer
+    threads(1)
+    alone = eigh(a)
+    for number in (2, 3, 40):
+        threads(number)
+        for one, other in zip(eigh(a), alone, strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()) or number == 40  # LAPACK's own threads round anew
+        assert eigh(a)[2].tolist() == alone[2].tolist() == [count != 5] + [True] * (count - 1)
+        assert torch.get_num_threads() == number
+
+
+def test_a_failed_decomposition_leaves_torch_its_threads(threads, monkeypatch):
+    def fail(a):
+        raise torch.linalg.LinAlgError
+
+    threads(2)
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    assert not eigh(torch.eye(4).expand(3, -1, -1))[2].any()
+    assert torch.get_num_threads() == 2
