@@ -376,14 +376,15 @@ def _clear(x: Tensor, bad: Tensor) -> None:
 def _divide(blocks: Tensor, largest: Tensor) -> Tensor:
     """Divide blocks by powers of two, so that squares neither overflow nor underflow; those, [k].
 
-    They have a floor, so that inverse roots of subnormal gradients do not overflow.
+    They have a floor, so that inverse roots of subnormal gradients do not overflow; and blocks of moderate numbers, in
+    which nothing can, stay as they are.
     """
+    largest = torch.where(torch.isfinite(largest), largest, 0.0)
     moderate = (largest == 0) | ((largest > 1e-9) & (largest < 1e9))
-    if blocks.device.type == "cpu" and bool(moderate.all()):  # it would change no bit of any result
-        return torch.ones_like(largest)
     most = 2.0**126 if blocks.dtype == torch.float32 else 2.0**1000
-    magnitude = power_of_two(torch.where(torch.isfinite(largest), largest, 0.0), 2.0**-99, most)
-    blocks *= each(1 / magnitude, blocks)
+    magnitude = torch.where(moderate, 1.0, power_of_two(largest, 2.0**-99, most))
+    if blocks.device.type != "cpu" or not bool(moderate.all()):
+        blocks *= each(1 / magnitude, blocks)
     return magnitude
 
 
