@@ -222,10 +222,9 @@ def _quantize_symmetric(
 def _dequantize_blockwise(
     codes: Tensor, scales: Tensor, maxima: Tensor, values: Tensor, bits: int, block_size: int, out: Tensor
 ) -> None:
-    codec = backend("codec", out.device, out.dtype)
+    codec, whole = backend("codec", out.device, out.dtype), _written(out)
     parts = codes.contiguous(), scales.contiguous(), maxima.contiguous()
-    whole = out if out.is_contiguous() else out.new_empty(out.shape)
-    codec.dequantize_blockwise(*parts, values, bits, block_size, out.shape[-1], out.dtype, whole)
+    codec.dequantize_blockwise(*parts, values, bits, block_size, out.shape[-1], whole.dtype, whole)
     if whole is not out:
         out.copy_(whole)
 
@@ -242,12 +241,17 @@ def _dequantize_symmetric(
     layout: str,
     out: Tensor,
 ) -> None:
-    codec = backend("codec", out.device, out.dtype)
+    codec, whole = backend("codec", out.device, out.dtype), _written(out)
     parts = codes.contiguous(), scales.contiguous(), maxima.contiguous(), diagonal.contiguous()
-    whole = out if out.is_contiguous() else out.new_empty(out.shape)
-    codec.dequantize_symmetric(*parts, values, bits, block_size, layout, out.dtype, whole)
+    codec.dequantize_symmetric(*parts, values, bits, block_size, layout, whole.dtype, whole)
     if whole is not out:
         out.copy_(whole)
+
+
+def _written(out: Tensor) -> Tensor:
+    """What a backend writes for ``out``: contiguous, and not in float16, whose own rounding is torch's."""
+    dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+    return out if out.is_contiguous() and out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
 
 
 # ---- the codec: without numbers, on the meta device and while torch.compile traces ---------------------------------

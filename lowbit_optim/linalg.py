@@ -1,4 +1,4 @@
-"""Batched matrix functions of the preconditioners: rectification, orthogonal iteration, inverse roots.
+"""Batched matrix functions of the preconditioners: decompositions, rectification, orthogonal iteration, powers.
 
 Everything works on a batch of square matrices [k, n, n] in float32 or float64, and in full precision whatever the user
 set for his model: TF32 and bf16 turn small eigenvalues negative. Functions that can fail return a mask ``ok`` [k] next
@@ -74,12 +74,21 @@ def trace(a: Tensor) -> Tensor:
 
 def symmetrize(a: Tensor) -> Tensor:
     """(A + A^T) / 2."""
-    return (a + a.mT) / 2
+    return torch.add(a, a.mT).div_(2)
+
+
+def add_to_diagonal(a: Tensor, x: Tensor) -> Tensor:
+    """A + x I, [k, n, n] and [k] to [k, n, n]."""
+    a = a.clone()
+    a.diagonal(dim1=-2, dim2=-1).add_(x.unsqueeze(-1))
+    return a
 
 
 def finite(a: Tensor) -> Tensor:
     """Which matrices of a batch hold finite numbers only: [k, ...] to bool [k]."""
-    return torch.isfinite(a).flatten(1).all(1)
+    if not a[0].numel():
+        return torch.ones(len(a), dtype=torch.bool, device=a.device)
+    return torch.isfinite(largest_magnitude(a, tuple(range(1, a.dim()))) if a.dim() > 1 else a)
 
 
 def each(x: Tensor, like: Tensor) -> Tensor:
@@ -169,8 +178,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (eigenvalues, eigenvectors as columns, ok [k]).
     """
-    ridge = _RIDGE * a.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
-    a = a + torch.diag_embed(ridge.expand(a.shape[:-1]))
+    a = add_to_diagonal(a, _RIDGE * a.diagonal(dim1=-2, dim2=-1).abs().amax(-1))
     try:
         values, vectors = _eigh(a)
         ok = finite(vectors) & finite(values)
@@ -199,9 +207,14 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     if a.device.type != "cpu" or threads == 1 or threads >= 4 * len(a):
         return torch.linalg.eigh(a)
     values, vectors = torch.empty_like(a[..., 0]), torch.empty_like(a)
+    try:
+        helpers = executor()
+        helpers.submit(int)
+    except RuntimeError:  # the interpreter is shutting down
+        return torch.linalg.eigh(a)
     torch.set_num_threads(1)
     try:
-        others = [executor().submit(torch.linalg.eigh, a[i::threads]) for i in range(1, min(threads, len(a)))]
+        others = [helpers.submit(torch.linalg.eigh, a[i::threads]) for i in range(1, min(threads, len(a)))]
         for i, own in enumerate([torch.linalg.eigh(a[::threads]), *(other.result() for other in others)]):
             values[i::threads], vectors[i::threads] = own
     finally:

@@ -25,6 +25,7 @@ from lowbit_optim.optimizers.soap import SOAP
 from lowbit_optim.optimizers.state import BASE, given_back
 from lowbit_optim.peak import Tracker, collected
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
+from lowbit_optim.roots import forced_route
 
 __all__ = ["Estimate", "estimate", "report", "state_bytes"]
 
@@ -261,7 +262,7 @@ def _rehearse(optimizer: Optimizer, device: str) -> tuple[int, int]:
         for _ in range(3):
             _collect(optimizer)
             tracker.add(collected(optimizer))
-            with tracker:
+            with tracker, forced_route("products" if device == "cuda" else "eigh"):
                 step()
     except (NotImplementedError, RuntimeError) as error:
         raise TypeError(

@@ -25,7 +25,16 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import damped, each, eigh, finite, largest_eigenvalue, matrix_power, symmetrize
+from lowbit_optim.linalg import (
+    add_to_diagonal,
+    damped,
+    each,
+    eigh,
+    finite,
+    largest_eigenvalue,
+    matrix_power,
+    symmetrize,
+)
 
 ROUTES = ("eigh", "products")
 _forced: ContextVar[str | None] = ContextVar("lowbit_optim_route", default=None)
@@ -86,7 +95,7 @@ def inverse_root(
     else:
         root, ok = _root_by_products(a, p, eps, ridge, clamp)
         bad = ~ok & finite(a)
-        if bool(bad.any()):
+        if not a.is_meta and bool(bad.any()):
             bad = bad.nonzero().flatten()
             root[bad], ok[bad] = _root_by_eigh(a[bad], p, eps, None if ridge is None else ridge[bad], clamp)
     root = root * each(scale.pow(-1 / p), a)
@@ -143,7 +152,7 @@ def inverse_power(x: Tensor, q: int, floor: float, ridge: Tensor | None = None) 
     inverse = _iterate(square / each(largest, square), 1, _steps(1, floor ** (2 / q) / 2, True))
     power = symmetrize(torch.linalg.matrix_power(symmetrize(inverse), q // 2)) * each(largest.pow(-q / 2), x)
     if ridge is not None:
-        power = power - torch.diag_embed(ridge.unsqueeze(-1).expand(x.shape[:-1]))
+        power = add_to_diagonal(power, -ridge)
     return power, finite(power)
 
 

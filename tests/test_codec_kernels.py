@@ -181,6 +181,13 @@ def test_large_matrices_of_several_strips_and_runs(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float16_is_float32_rounded(layout):
+    kept = Symmetric(Quantization(8, "linear", 64), layout)
+    parts = kept.encode(ordinary((2, 70, 70), torch.Generator().manual_seed(0)))
+    assert torch.equal(kept.decode(parts, torch.float16), kept.decode(parts).half())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_decoding_into_what_is_kept(layout, dtype):
     kept = Symmetric(Quantization(4, "nf", 64), layout)

@@ -280,3 +280,16 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(TypeError, match="root_power"):
         EKFAC(model.parameters(), model=model, root_power=2)
     assert not any(m._forward_hooks for m in model)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-30, 1e30])
+def test_parameters_stay_finite_at_any_scale_of_the_gradient(scale):
+    model = nn.Linear(20, 12)
+    optimizer = EKFAC(model.parameters(), lr=0.1, model=model, base="sgd", statistics_frequency=2)
+    for seed in range(6):
+        optimizer.zero_grad()
+        model(random(16, 20, seed=seed)).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad *= scale
+        optimizer.step()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

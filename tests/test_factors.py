@@ -370,7 +370,7 @@ ERRORS = {
     "root 8": (0.003, 0.007),
     "root 4": (0.011, 0.027),
     "root 2": (0.15, 0.34),
-    "root 1": (0.33, 1.3),  # no better than no root on the ill-conditioned one
+    "root 1": (0.33, 1.2),  # no better than no root on the ill-conditioned one
 }
 
 
@@ -381,7 +381,8 @@ def test_error_after_many_updates(name, limits, route):
         statistics, _, roots = zip(*oracles.ema_root_stream(96, 32, 60, condition), strict=True)
         state = run(factor, *(torch.from_numpy(m).float()[None] for m in statistics))
         # The clamp of products is soft; what it adds to the first averages fades.
-        limit = limit + 2e-3 if route == "products" and limit < 0.3 else limit
+        if route == "products":
+            limit += 2e-3 if limit < 0.3 else 0.1 * (name == "root 1")
         assert distance(factor.root(state, torch.float64)[0].numpy(), roots[-1]) < limit
 
 

@@ -205,8 +205,9 @@ def test_as_many_matrices_as_threads_at_once_are_decomposed_as_one_after_the_oth
     alone = eigh(a)
     for number in (2, 3, 40):
         threads(number)
-        for one, other in zip(eigh(a), alone, strict=True):
-            assert torch.equal(one.nan_to_num(), other.nan_to_num()) or number == 40  # LAPACK's own threads round anew
+        for one, other in zip(eigh(a)[:2], alone[:2], strict=True):
+            one, other = (x[alone[2]].abs() for x in (one, other))
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if number == 40 else 0)  # 40: LAPACK's threads
         assert eigh(a)[2].tolist() == alone[2].tolist() == [count != 5] + [True] * (count - 1)
         assert torch.get_num_threads() == number
 

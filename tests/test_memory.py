@@ -258,3 +258,24 @@ def test_public_names():
     assert lowbit_optim.state_bytes is state_bytes
     _, optimizer = run(OPTIMIZERS["shampoo"], 1)
     assert lowbit_optim.state_bytes(optimizer)["total"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4},
+        {"bits": 4, "apply_dtype": "bfloat16"},
+        {"bits": 32},
+        {"bits": 4, "root_power": 2},
+        {"bits": 2, "storage": "logarithm"},
+        {"bits": 4, "stagger": True},
+        {"storage": "eigen", "bits": 4},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_step_keeps_to_its_workspace(device, settings):
+    """And ten per cent, wherever blocks are small beside it."""
+    limit = 64 * 2**20
+    planned = estimate([(512, 512)] * 24, Shampoo, device=device, base="sgd", workspace=limit, **settings)
+    assert planned.workspace <= 1.1 * limit

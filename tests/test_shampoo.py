@@ -216,6 +216,18 @@ def test_a_gradient_of_any_memory_layout():
     assert same(*parameters)
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (33,)])
+def test_a_gradient_whose_numbers_are_one(shape):
+    """As ``sum().backward()`` makes it."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    optimizer = Shampoo(parameters, statistics_frequency=1)
+    for _ in range(3):
+        parameters[0].grad = torch.ones(()).expand(shape)
+        parameters[1].grad = torch.ones(shape)
+        optimizer.step()
+    assert same(*parameters)
+
+
 @each_storage
 def test_the_norm_is_that_of_the_whole_parameter(storage):
     """Not of each block: blocks give norm to each other."""

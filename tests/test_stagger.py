@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowbit_optim import CASPR, Shampoo
+from lowbit_optim import CASPR, SOAP, Shampoo
 from lowbit_optim.preconditioners.buckets import staggered
 from tests.contract import random
 
@@ -92,6 +92,40 @@ def test_blocks_before_their_first_turn_do_not_outweigh_the_others(bits):
     assert norms.max() / norms.min() < 3
 
 
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("change", ["a group", "a shorter period", "a turn without a gradient"])
+def test_blocks_that_miss_their_first_turn_do_not_outweigh_the_others(bits, change):
+    parameter = nn.Parameter(torch.zeros(192, 48, dtype=torch.float64))
+    keywords = {"max_preconditioner_dim": 48, "bits": bits, "stagger": True, "base": "sgd"}
+    optimizer = Shampoo([parameter], statistics_frequency=8, **keywords)
+    for step in range(12):
+        parameter.grad = 1e-6 * random(192, 48, seed=step, dtype=torch.float64)
+        if change == "a turn without a gradient" and step < 3:
+            parameter.grad[:48] = 0
+        if change == "a group" and step == 2:
+            other = nn.Parameter(torch.zeros(300, 48, dtype=torch.float64))
+            optimizer.add_param_group({"params": [other]})
+        if change == "a shorter period" and step == 3:
+            optimizer.param_groups[0]["statistics_frequency"] = 4
+        before = parameter.grad.clone()
+        optimizer.step()
+        norms = [x.view(4, 48, 48).norm(dim=(1, 2)) for x in (parameter.grad, before)]
+        ratios = (norms[0] / norms[1])[norms[1] > 0]
+        assert ratios.max() / ratios.min() < 10, step
+
+
+def test_groups_with_periods_of_their_own_take_turns_in_all_of_them():
+    groups = [{"params": [nn.Parameter(torch.zeros(4 * 48, 48))], "statistics_frequency": period} for period in (2, 4)]
+    optimizer = Shampoo(groups, max_preconditioner_dim=48, bits=4, stagger=True)
+    for step in range(1, 5):
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = random(*parameter.shape, seed=step)
+        optimizer.step()
+        counts = [int(optimizer.state[g["params"][0]]["left.updates"].sum()) for g in groups]
+        assert counts == [2 * step, step]
+
+
 def test_state_is_resumed_in_the_middle_of_a_period():
     steps = 4
     _, optimizer = train(steps, stagger=True)
@@ -146,3 +180,8 @@ def test_bfloat16_application_is_near_and_leaves_factors_alone(make, limit, bits
 def test_bad_settings(settings, said):
     with pytest.raises(ValueError, match=said):
         Shampoo([nn.Parameter(torch.zeros(4, 4))], **settings)
+
+
+def test_optimizers_that_take_no_turns_refuse_them_in_groups():
+    with pytest.raises(TypeError, match="'stagger', which is no setting of SOAP"):
+        SOAP([{"params": [nn.Parameter(torch.zeros(4, 4))], "stagger": True}])

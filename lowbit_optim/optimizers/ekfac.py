@@ -39,7 +39,7 @@ class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
         stack.write("moment", start, stop, state)
         divided, exponents = moment.divide(state, turned)
         divided, scale = without_scale(divided, divided)
-        half = torch.exp2((exponents // 2).to(scale.dtype))  # the whole might overflow
+        half = torch.exp2((exponents // 2).clamp(-120, 120).to(scale.dtype))  # the whole might overflow
         real = _have_bases(part)[start:stop]
         factors = [factor.where(real, 1.0) for factor in (scale, half, half)]
         return torch.where(each(real, gradient), left @ divided @ right.mT, gradient), factors

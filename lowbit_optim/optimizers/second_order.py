@@ -14,6 +14,7 @@ from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.settings import (
     KEPT_AS,
+    RULES,
     STORED,
     base_class,
     base_name,
@@ -123,7 +124,10 @@ class SecondOrder(Optimizer):
                 loss = closure()
         self._prepare()
         self._check_step()
-        self._create_state([(p, group) for p, group in self._parameters() if p.grad is not None])
+        with_gradients = [(p, group) for p, group in self._parameters() if p.grad is not None]
+        for parameter, _ in with_gradients:
+            _unfold(parameter)
+        self._create_state(with_gradients)
         self._watch(self.preconditioner.step(self.param_groups, self.state))
         self._step_base()
         return loss
@@ -353,6 +357,9 @@ class SecondOrder(Optimizer):
 
     def _refuse_misspelt(self, group: Group) -> None:
         for key in group.keys() - self.defaults.keys() - {"params", "param_names"}:
+            if key in RULES:
+                name = type(self).__name__
+                raise TypeError(f"param group has the key {key!r}, which is no setting of {name}: leave it out")
             for meant in difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.85):
                 raise TypeError(f"param group has the unknown key {key!r}; did you mean {meant!r}?")
 
@@ -426,6 +433,14 @@ class SecondOrder(Optimizer):
 def _fix(group: Group) -> None:
     """Note what of a group's settings must stay, now that there is state."""
     group.setdefault("kept_as", tuple(group.get(key) for key in KEPT_AS))
+
+
+def _unfold(parameter: Tensor) -> None:
+    """Give a parameter a gradient that can be written to, if several of its numbers are one (``expand``)."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)):
+        parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:

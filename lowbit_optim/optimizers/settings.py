@@ -46,7 +46,7 @@ _NATURAL = ("an integer of at least 0", _integer(0))
 _SWITCH = ("True or False", _boolean)
 
 # keyword: (the rule in words, the rule)
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": (f"one of {', '.join(map(str, BITS))}", _number(lambda x: x in BITS)),
     "base_bits": (f"one of {', '.join(map(str, MOMENT_BITS))}", lambda x: _integer(1)(x) and x in MOMENT_BITS),
     "quantization": ("a Quantization or None", lambda x: x is None or isinstance(x, (Quantization, tuple, list))),
@@ -101,7 +101,7 @@ def check_group(group: Mapping[str, Any], preconditioner: KroneckerPreconditione
     """
     if group.get("differentiable"):
         raise ValueError("differentiable=True: gradients are preconditioned in place, which autograd cannot go through")
-    for key, (rule, holds) in _RULES.items():
+    for key, (rule, holds) in RULES.items():
         if key in group and not holds(group[key]):
             raise ValueError(f"{key} is {group[key]!r}; it must be {rule}")
     if low_bit_base:

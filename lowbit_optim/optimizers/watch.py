@@ -32,6 +32,8 @@ class Watch:
         """
         if troubles is None or all(self._warned):
             return
+        if troubles.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph's replays do not come by here; the state counts on
         arrived = [troubles]
         if troubles.is_cuda:
             host = torch.empty(len(self._messages), dtype=torch.int64, pin_memory=True).copy_(

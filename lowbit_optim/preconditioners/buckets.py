@@ -55,7 +55,7 @@ class Bucket:
 
     forms: Forms
     precondition: bool
-    young: bool  # some blocks of a unit may have had their first turn, and others not yet
+    in_turns: bool  # some blocks of a unit may have had their first statistic, and others not yet
     graft: bool
     workspace: int
     dtype: torch.dtype
@@ -85,9 +85,18 @@ class Bucket:
         return self.blockings[0].rows, self.blockings[0].columns
 
     @property
-    def roots_bytes(self) -> int:
-        """Of both roots of a block."""
-        return sum(n * n for n in self.block) * self.apply_dtype.itemsize
+    def update_bytes(self) -> int:
+        """What the update of both factors of a block takes."""
+        return 8 * sum(n * n for n in self.block) * self.dtype.itemsize
+
+    @property
+    def apply_bytes(self) -> int:
+        """What both roots of a block take, with what reading them takes, and a temporary of the block."""
+        roots = sum(
+            n * n * (self.apply_dtype.itemsize + factor.copies * self.dtype.itemsize)
+            for n, (_, factor) in zip(self.block, self.forms.sides(), strict=True)
+        )
+        return roots + self.block[0] * self.block[1] * self.apply_dtype.itemsize
 
     def add(self, unit: tuple[Tensor, ...], cut: Blocking, state: dict[str, Any], turn: Turn) -> None:
         for own, x in zip((self.units, self.blockings, self.states, self.turns), (unit, cut, state, turn), strict=True):
@@ -178,7 +187,7 @@ def staggered(cost_before: int, cost: int, count: int, total: int, period: int, 
         cost_before: of all blocks of the units before this one.
         cost: of each block of the unit.
         count: blocks of the unit.
-        total: the cost of all blocks of the optimizer.
+        total: the cost of all blocks with this period.
     """
     now = (step - 1) % period
     # The turn of block i is floor(period (cost_before + i cost) / total).
@@ -195,13 +204,13 @@ def _joint_gradient(unit: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([weight.flatten(1), bias.to(weight.dtype).unsqueeze(1)], 1)
 
 
-@lru_cache
+@lru_cache(maxsize=4096)
 def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """For each block of a stack the index of its unit, int64 [sum(counts)]."""
     return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
 
 
-@lru_cache
+@lru_cache(maxsize=4096)
 def lengths(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """The counts as a tensor, int64."""
     return torch.tensor(counts, device=device)

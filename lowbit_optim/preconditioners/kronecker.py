@@ -1,14 +1,15 @@
 """The shared engine of the Kronecker-factored preconditioners.
 
-A gradient's way through it: blocks of all same-shaped parameters in one stack, their statistics into the factors, the
-factors' roots onto the blocks, the norm of each parameter's gradient back, and into ``param.grad`` again. A subclass
-says what the statistics are and how two roots act on a block.
+A gradient's way through it: blocks of all same-shaped parameters in one stack; first the statistics of those whose turn
+it is into their factors, then, in smaller parts, the factors' roots onto the blocks, the norm of each parameter's
+gradient back, and into ``param.grad`` again. A subclass says what the statistics are and how two roots act on a block.
 
 What is preconditioned as one matrix is a unit: a parameter, or a layer's weight with its bias as the last column. A
 unit's state is that of its first parameter.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -102,13 +103,16 @@ class KroneckerPreconditioner(ABC):
     def __init__(self) -> None:
         self.workspace = Workspace()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"workspace": Workspace(), **state})  # an older version had none
+
     @abstractmethod
     def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
         """The statistics of the left and right factors of blocks start to stop.
 
         Args:
             gradient: the blocks' gradients divided by ``magnitude``, [k, r, c].
-            magnitude: of each block's unit, [k].
+            magnitude: of each block, [k].
 
         Returns:
             For each side M, [k, r, r] and [k, c, c], and a magnitude [k]: the statistic is magnitude^2 M.
@@ -147,7 +151,7 @@ class KroneckerPreconditioner(ABC):
             state = stack.read(side, start, stop, factor.root_needs)
             x, scale = factor.scaled_root(state, part.dtype, out)
             roots.append((x.to(dtype), scale))
-        if part.young:
+        if part.in_turns:
             roots = [
                 (x, _as_others(part, stack, side, factor, start, scale))
                 for (x, scale), (side, factor) in zip(roots, part.forms.sides(), strict=True)
@@ -238,31 +242,33 @@ class KroneckerPreconditioner(ABC):
     def _buckets(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
         """Count the step and sort this step's parameters. Rebuilt every time: parameters and settings may change."""
         buckets: dict[Any, Bucket] = {}
-        in_turns = [(p, group) for group in groups if group.get("stagger") for p in group["params"]]
-        costs = {p: _cost(self.blocking(p, group)) for p, group in in_turns}
-        total, before = sum(costs.values()), 0
+        # Of all blocks with a period, and of those before the one that is looked at: they share its steps.
+        total: Counter[int] = Counter()
+        before: Counter[int] = Counter()
+        for group in groups:
+            if group.get("stagger"):
+                total[group["statistics_frequency"]] += sum(_cost(self.blocking(p, group)) for p in group["params"])
         for group in groups:
             for parameter in group["params"]:
-                cost_before, before = before, before + costs.get(parameter, 0)
+                cut, period = self.blocking(parameter, group), group["statistics_frequency"]
+                cost, cost_before = _cost(cut), before[period]
+                before[period] += cost if group.get("stagger") else 0
                 if parameter.grad is None:
                     continue
                 own = state[parameter]
                 own["step"] += 1
-                cut = self.blocking(parameter, group)
                 if cut is None:
                     continue
                 forms, step = self.forms(group, cut), int(own["step"])
                 due = self._due(step, group, forms)
-                run, young = (0, cut.count), False
+                run, in_turns = (0, cut.count), bool(group.get("stagger")) and cut.count > 1
                 if group.get("stagger"):
-                    period = group["statistics_frequency"]
-                    run = staggered(cost_before, costs[parameter] // cut.count, cut.count, total, period, step)
-                    young = cut.count > 1 and step < period
+                    run = staggered(cost_before, cost // cut.count, cut.count, total[period], period, step)
                 if not (due.update or due.refresh):
                     run = (0, 0)
                 dtype = working_dtype(parameter)
                 apply_dtype = _applied_in(group, dtype)
-                settings = (forms, due.precondition, young, group["graft"], group["workspace"], dtype, apply_dtype)
+                settings = (forms, due.precondition, in_turns, group["graft"], group["workspace"], dtype, apply_dtype)
                 key = (cut.rows, cut.columns, parameter.device, settings)
                 bucket = buckets.setdefault(key, Bucket(*settings))
                 bucket.add(self.unit(parameter), cut, own, Turn(*run, due.update, due.refresh))
@@ -285,9 +291,9 @@ class KroneckerPreconditioner(ABC):
         gradient, largest = self._gradient(part)
         magnitude = _divide(gradient, largest)
         troubles = torch.zeros(2, dtype=torch.int64, device=part.device)
-        stack, room = Stack(part.states, part.counts), part.workspace - gradient.nbytes
+        stack, room = Stack(part.states, part.counts), part.workspace - gradient.nbytes - self.workspace.kept("roots")
         for turn in part.runs():
-            for start, stop in self.slices(turn.first, turn.last, 8 * part.roots_bytes, room):
+            for start, stop in self.slices(turn.first, turn.last, part.update_bytes, room):
                 own = turn._replace(first=start, last=stop)
                 troubles[1] += self._update(part, stack, own, gradient[start:stop], magnitude[start:stop])
         return troubles
@@ -304,8 +310,7 @@ class KroneckerPreconditioner(ABC):
         stack, squares = Stack(part.states, part.counts), _squares(gradient)
         weight = magnitude.to(squares.dtype, copy=True)
         room = self.workspace.room(part.device, part.workspace) - gradient.nbytes
-        size = part.roots_bytes + gradient[0].nbytes
-        for start, stop in self.slices(0, len(gradient), size, room):
+        for start, stop in self.slices(0, len(gradient), part.apply_bytes, room):
             blocks = gradient[start:stop]
             result, factors = self.precondition(part, stack, start, stop, blocks, magnitude[start:stop])
             if result.data_ptr() != blocks.data_ptr():
@@ -431,14 +436,16 @@ def _largest(x: Tensor, part: Bucket) -> Tensor:
 
 
 def _as_others(part: Bucket, stack: Stack, side: str, factor: Factor, start: int, scale: Tensor) -> Tensor:
-    """The numbers of roots, [k], those of blocks that have had no statistic yet as of the mean of their unit's others.
+    """The numbers of roots, [k], those of blocks that have had no statistic yet as of their unit's other blocks.
 
-    The root of such a block is I times this number: without a scale of its own it must not outweigh the others.
+    The root of such a block is I times this number: without a scale of its own it must not outweigh the others. They
+    are known by their last statistics, A = tr(M) / n I.
     """
-    state = stack.read(side, 0, sum(part.counts))
+    state = stack.read(side, 0, sum(part.counts), ("updates", "previous_norm"))
     have = (state["updates"] > 0).to(scale.dtype)
-    total, count = (_of_units(x, part) for x in (factor.mean_eigenvalue(state, scale.dtype) * have, have))
-    mean = torch.where(count > 0, total / count, 1.0).clamp(min=torch.finfo(scale.dtype).tiny)
-    others = mean.pow(-1 / factor.power).clamp(1e-30, 1e30)[part.owner]
+    order = part.block[SIDES.index(side)]
+    mean_norm, count = (_of_units(x, part) for x in (state["previous_norm"].to(scale.dtype) * have, have))
+    mean_norm = torch.where(mean_norm > 0, mean_norm / count / order**0.5, 1.0)
+    others = mean_norm.pow(-2 / factor.power).clamp(1e-30, 1e30)[part.owner]
     own = slice(start, start + len(scale))
     return torch.where(have[own] > 0, scale, others[own])

@@ -14,7 +14,7 @@ class Workspace:
     """Room for temporary tensors. On the CPU it is small enough for the caches, and kept from step to step.
 
     (Fresh pages come one by one from the system, which takes longer than to fill them. CUDA's memory torch keeps
-    itself.) A copy or a pickle is empty.
+    itself.) What stays is as large as one run of blocks, ``CACHE`` bytes a thread at most. A copy or a pickle is empty.
     """
 
     def __init__(self) -> None:
@@ -27,6 +27,10 @@ class Workspace:
     def room(self, device: torch.device, limit: int) -> int:
         """Bytes that a run of blocks should take at most, where the user's limit is this."""
         return min(limit, CACHE * torch.get_num_threads()) if self._on_cpu(device) else limit
+
+    def kept(self, name: str) -> int:
+        """Bytes that stay there under a name."""
+        return self._kept[name].numel() if name in self._kept else 0
 
     def take(self, name: str, device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors with any content; what was taken under the same name before is overwritten through them."""

@@ -31,6 +31,7 @@ class Basis:
 
     one_period = False  # the basis turns when it is told to
     root_needs = ("basis",)
+    copies = 4
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """The state before the first update."""

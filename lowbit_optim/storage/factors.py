@@ -70,6 +70,7 @@ class Factor(ABC):
 
     one_period: ClassVar[bool] = False  # update leaves nothing for refresh to do
     root_needs: ClassVar[tuple[str, ...]] = ("root",)  # how the names of the tensors begin that a root is read from
+    copies: ClassVar[int] = 1  # matrices that are there at most while a root is read, beside those that come back
 
     @abstractmethod
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
@@ -180,13 +181,13 @@ def _keep_good(state: State, changed: State, ok: Tensor) -> State:
     # The forms judge their numbers before they are rounded; float64 may overflow the float32 that is kept.
     for part in changed.values():
         if part.is_floating_point():
-            ok = ok & torch.isfinite(part).reshape(len(ok), -1).all(1)
+            ok = ok & finite(part)
     kept = {name: torch.where(each(ok, new), new, state[name]) for name, new in changed.items()}
     return state | kept | {"failures": state["failures"] + (~ok).to(torch.int32)}
 
 
 def without_scale(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Matrices [k, n, n] over the power of two of their largest number, and that power, [k]; 1 if they are zero."""
+    """Matrices [k, n, n] over the power of two of their largest number, and that power, [k], from 2^-99 to 2^99."""
     magnitude = power_of_two(largest_magnitude(x, (1, 2)), 2.0**-99, 2.0**99)
     return torch.mul(x, each(1 / magnitude, x), out=out), magnitude
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import (
+    add_to_diagonal,
     damped,
     each,
     eigh,
@@ -78,6 +79,11 @@ class Root(Coded):
         return self.stored_power or self.power * max(1, 2 ** math.ceil(math.log2(4 / self.power)))
 
     @property
+    def copies(self) -> int:  # type: ignore[override]
+        """See ``Factor``; the powers of X are there with X itself."""
+        return 0 if self._is_kept else 3
+
+    @property
     def _is_kept(self) -> bool:
         """Whether X is the root itself."""
         return self._q == self.power
@@ -89,13 +95,14 @@ class Root(Coded):
 
     def _normalized_statistic(self, state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A / r^2, of trace n, or zeros before the first statistic; ok [k]."""
-        x = symmetrize(self.codec.decode(take(self.name, state), dtype))
+        x = self.codec.decode(take(self.name, state), dtype)
+        if self.codec.layout == "square":
+            x = symmetrize(x)
         a, ok = self._read(x, None if self.ridge == "clamp" else state["ridge"].to(dtype))
-        total = trace(a)
-        # Zero if a ridge was so large that nothing is left of A beside it.
-        eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
-        a = torch.where(each(total > 0, a), a * each(a.shape[-1] / total, a), eye)
-        return torch.where(each(state["rms"] > 0, a), a, 0.0), ok
+        known, total = state["rms"] > 0, trace(a)
+        a *= each(torch.where(known & (total > 0), a.shape[-1] / total, 0.0), a)
+        # I if a ridge was so large that nothing is left of A beside it.
+        return add_to_diagonal(a, (known & ~(total > 0)).to(dtype)), ok
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         rms = state["rms"].to(m.dtype)
@@ -110,7 +117,7 @@ class Root(Coded):
         if self.ridge != "clamp":
             ridge = self._added(a, damping, rms)
             changed["ridge"] = ridge.float()
-            a = a + torch.diag_embed(ridge.unsqueeze(-1).expand(a.shape[:-1]))
+            a = add_to_diagonal(a, ridge)
         x, x_ok = self._kept(a)
         return changed | put(self.name, self.codec.encode(x)), ok & x_ok
 
@@ -147,6 +154,7 @@ class Logarithm(Root):
     root_needs: ClassVar[tuple[str, ...]] = ("rms", "logarithm")
 
     _is_kept: ClassVar[bool] = False
+    copies: ClassVar[int] = 7
 
     def init(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         state = super().init(blocks, order, dtype, device)
