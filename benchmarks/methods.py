@@ -1,10 +1,9 @@
 """The optimizers whose steps are timed, ours and others', and how each is made to take one kind of step.
 
-Compiled peers run as they are written, without torch.compile, which takes minutes on them. No registry has Distributed
+The base of ours is torch's AdamW, fused. Compiled peers run as they are written, without torch.compile, which takes minutes on them. No registry has Distributed
 Shampoo, kfac-pytorch or SOAP's reference implementation, so they have no rows.
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -180,14 +179,8 @@ def force_ours(optimizer: Any, kind: Kind) -> None:
             group["precondition_frequency"] = 1 if kind == "root" else NEVER
 
 
-def known(kind: Any, **keywords: Any) -> dict[str, Any]:
-    """Those of the keywords that a constructor knows."""
-    return {key: value for key, value in keywords.items() if key in inspect.signature(kind).parameters}
-
-
 def _ours(label: str, kind: Any, limit: int | None, **keywords: Any) -> Method:
-    # Statistics and roots of all blocks in one step, for that is what is timed.
-    given = {**keywords, **known(kind, stagger=False)} | ({"max_preconditioner_dim": limit} if limit else {})
+    given = {**keywords, "fused": True} | ({"max_preconditioner_dim": limit} if limit else {})
     separate = kind is SOAP or given.get("storage", "root") != "root"
     schedule: Schedule = "two periods" if separate else "one period"
     return Method(label, limit, lambda parameters: kind(parameters, lr=1e-3, **given), force_ours, schedule, True)
@@ -200,8 +193,7 @@ def shampoo(bits: float, limit: int) -> Method:
 def ours(limit: int) -> list[Method]:
     """Ours with blocks of at most that size."""
     rows = [shampoo(bits, limit) for bits in (32, 4, 2, 1)]
-    if half := known(Shampoo, apply_dtype="bfloat16"):
-        rows.append(_ours("Shampoo, 4 bits, bfloat16 roots", Shampoo, limit, bits=4, **half))
+    rows.append(_ours("Shampoo, 4 bits, bfloat16 roots", Shampoo, limit, bits=4, apply_dtype="bfloat16"))
     rows.append(_ours("Shampoo of WANG2024", Shampoo, limit, **WANG2024))
     rows.append(_ours("CASPR, 4 bits", CASPR, limit, bits=4))
     return rows

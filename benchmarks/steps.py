@@ -49,7 +49,6 @@ from benchmarks.methods import (
     adamw,
     force_ours,
     gradients_of,
-    known,
     second_order,
     shampoo,
 )
@@ -208,12 +207,10 @@ def worst(args: argparse.Namespace) -> Tables:
         args.period,
         args.sets[0],
     )
-    switches = [{"stagger": True}, {"stagger": False}] if known(lowbit_optim.Shampoo, stagger=True) else [{}]
     switched = []
-    for switch in switches:
-        label = "4 bits" + "".join(f", {key}={value}" for key, value in switch.items())
-        make = partial(lowbit_optim.Shampoo, lr=1e-3, bits=4, **switch)
-        switched.append(Method(label, None, make, force_ours, "one period", True))
+    for stagger in (True, False):
+        make = partial(lowbit_optim.Shampoo, lr=1e-3, bits=4, stagger=stagger, fused=True)
+        switched.append(Method(f"4 bits, stagger={stagger}", None, make, force_ours, "one period", True))
     runs = runs_of(switched, SETS[parameters](), args)
     for run in runs.values():
         run.prepare("root")
