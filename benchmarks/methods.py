@@ -1,7 +1,8 @@
 """The optimizers whose steps are timed, ours and others', and how each is made to take one kind of step.
 
-The base of ours is torch's AdamW, fused. Compiled peers run as they are written, without torch.compile, which takes minutes on them. No registry has Distributed
-Shampoo, kfac-pytorch or SOAP's reference implementation, so they have no rows.
+The base of ours is torch's AdamW, fused. Compiled peers run as they are written, without torch.compile, which takes
+minutes on them. No registry has Distributed Shampoo, kfac-pytorch or SOAP's reference implementation, so they have no
+rows.
 """
 
 from collections import Counter
