@@ -38,13 +38,13 @@ class Blocking:
         else:
             out.unflatten(0, self.grid).copy_(view)
 
-    def write(self, blocks: Tensor, x: Tensor) -> None:
-        """Write blocks [count, rows, columns] into a tensor of ``shape``: the inverse of ``read``."""
+    def write(self, blocks: Tensor, scale: Tensor, x: Tensor) -> None:
+        """Write blocks [count, rows, columns], each times its scale, [count], into a tensor of ``shape``."""
         view = self._view(x)
         if view is None:
-            x.copy_(self.merge(blocks))
+            x.copy_(self.merge(blocks * scale.view(-1, 1, 1)))
         else:
-            view.copy_(blocks.unflatten(0, self.grid))
+            torch.mul(blocks.unflatten(0, self.grid), scale.view(*self.grid, 1, 1), out=view)
 
     def _view(self, x: Tensor) -> Tensor | None:
         """The blocks [*grid, rows, columns] where they lie in x; None where blocks are filled up, or x is strided."""

@@ -135,22 +135,25 @@ class Bucket:
         for unit, cut, own in zip(self.units, self.blockings, out.split(self.counts), strict=True):
             cut.read(_joint_gradient(unit), own)
 
-    def scatter(self, blocks: Tensor, weight: Tensor) -> None:
+    def scatter(self, blocks: Tensor, weight: Tensor, *, bounded: bool = False) -> None:
         """Write the blocks times their weights, [k], into the gradients.
 
-        They stay below ``LARGEST`` and what their dtype can hold. The blocks may be overwritten.
+        They stay below ``LARGEST``, unless they are said to be bounded, and below what their dtype can hold. The blocks
+        may be overwritten.
         """
-        blocks *= weight.view(-1, 1, 1)
-        blocks.clamp_(-LARGEST, LARGEST)
-        for unit, cut, own in zip(self.units, self.blockings, blocks.split(self.counts), strict=True):
+        stacked = zip(self.units, self.blockings, blocks.split(self.counts), weight.split(self.counts), strict=True)
+        for unit, cut, own, scale in stacked:
             gradients = [parameter.grad for parameter in unit]
             limit = min([LARGEST, *(torch.finfo(g.dtype).max for g in gradients if g is not None)])
-            if limit < LARGEST:
+            if not bounded or limit < LARGEST:
+                own *= scale.view(-1, 1, 1)
                 own.clamp_(-limit, limit)
+                scale = torch.ones_like(scale)
             if len(gradients) == 1:
                 assert gradients[0] is not None
-                cut.write(own, gradients[0])
+                cut.write(own, scale, gradients[0])
                 continue
+            own *= scale.view(-1, 1, 1)
             matrix = cut.merge(own)
             for gradient, part in zip(gradients, (matrix[:, :-1], matrix[:, -1]), strict=True):
                 if gradient is not None:

@@ -288,8 +288,8 @@ class KroneckerPreconditioner(ABC):
 
     def _update_part(self, part: Bucket) -> Tensor:
         """Update the factors of all blocks whose turn it is; returns the troubles, int64 [2]."""
-        gradient, largest = self._gradient(part)
-        magnitude = _divide(gradient, largest)
+        gradient = self._gathered(part)
+        magnitude = _divide(gradient, _clear_bad(gradient))
         troubles = torch.zeros(2, dtype=torch.int64, device=part.device)
         stack, room = Stack(part.states, part.counts), part.workspace - gradient.nbytes - self.workspace.kept("roots")
         for turn in part.runs():
@@ -300,15 +300,20 @@ class KroneckerPreconditioner(ABC):
 
     def _apply_part(self, part: Bucket) -> Tensor:
         """Precondition the gradients of a part; returns the troubles, int64 [2]."""
-        gradient, largest = self._gradient(part)
-        bad = _count_nonfinite(part, ~torch.isfinite(largest))
-        troubles = torch.stack([bad, torch.zeros_like(bad)])
+        gradient, troubles = self._gathered(part), torch.zeros(2, dtype=torch.int64, device=part.device)
+        before = _squares(gradient)
+        magnitude = torch.ones_like(gradient[:, 0, 0])
+        # To look at the numbers, other devices would have to be waited for.
+        plain = self.workspace.on_cpu(part.device) and (
+            gradient.is_meta or bool(((before > 1e-18) & (before < 1e18)).all())
+        )
+        if not plain:
+            troubles[0], magnitude, before = _tame(part, gradient)
         if not part.precondition:
-            part.scatter(gradient, torch.ones_like(largest))
+            part.scatter(gradient, magnitude)
             return troubles
-        magnitude = _divide(gradient, largest)
-        stack, squares = Stack(part.states, part.counts), _squares(gradient)
-        weight = magnitude.to(squares.dtype, copy=True)
+        stack = Stack(part.states, part.counts)
+        weight = magnitude.to(before.dtype, copy=True)
         room = self.workspace.room(part.device, part.workspace) - gradient.nbytes
         for start, stop in self.slices(0, len(gradient), part.apply_bytes, room):
             blocks = gradient[start:stop]
@@ -318,20 +323,17 @@ class KroneckerPreconditioner(ABC):
             for factor in factors:
                 weight[start:stop] *= factor
         if part.graft:
-            weight = _graft(part, squares, magnitude, _squares(gradient), weight)
-        part.scatter(gradient, weight.clamp(max=torch.finfo(part.dtype).max).to(part.dtype))
+            weight = _graft(part, before, magnitude, _squares(gradient), weight)
+        weight = weight.clamp(max=torch.finfo(part.dtype).max).to(part.dtype)
+        part.scatter(gradient, weight, bounded=plain and part.graft)
         return troubles
 
-    def _gradient(self, part: Bucket) -> tuple[Tensor, Tensor]:
-        """The blocks of all gradients, [k, r, c], zero where they are not finite; their largest magnitudes, [k]."""
+    def _gathered(self, part: Bucket) -> Tensor:
+        """The blocks of all gradients, [k, r, c]."""
         shape = sum(part.counts), *part.block
         (gradient,) = self.workspace.take("gradient", part.device, part.dtype, shape)
         part.gather(gradient)
-        largest = largest_magnitude(gradient, (1, 2))
-        bad = ~torch.isfinite(largest)
-        if gradient.device.type != "cpu" or bool(bad.any()):  # to look at it, other devices would have to be waited for
-            _clear(gradient, each(bad, gradient))
-        return gradient, largest
+        return gradient
 
     def _update(self, part: Bucket, stack: Stack, turn: Turn, gradient: Tensor, magnitude: Tensor) -> Tensor:
         """Statistics into factors, factors into roots; returns how many blocks failed, int64 []."""
@@ -376,6 +378,25 @@ def _clear(x: Tensor, bad: Tensor) -> None:
     """Zero where ``bad`` is, whatever is there, in a tenth of the time of ``masked_fill_``."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
     x.view(bits).bitwise_and_(bad.to(bits) - 1)
+
+
+def _tame(part: Bucket, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Clear what is not finite and, if it is to be preconditioned, divide the rest.
+
+    Returns:
+        (how many blocks were not finite, int64 []; by what they are divided, [k]; the sums of their squares now, [k]).
+    """
+    largest = _clear_bad(gradient)
+    bad = _count_nonfinite(part, ~torch.isfinite(largest))
+    magnitude = _divide(gradient, largest) if part.precondition else torch.ones_like(largest)
+    return bad, magnitude, _squares(gradient)
+
+
+def _clear_bad(blocks: Tensor) -> Tensor:
+    """Zero the blocks that are not finite; returns their largest magnitudes before, [k]."""
+    largest = largest_magnitude(blocks, (1, 2))
+    _clear(blocks, each(~torch.isfinite(largest), blocks))
+    return largest
 
 
 def _divide(blocks: Tensor, largest: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Workspace:
 
     def room(self, device: torch.device, limit: int) -> int:
         """Bytes that a run of blocks should take at most, where the user's limit is this."""
-        return min(limit, CACHE * torch.get_num_threads()) if self._on_cpu(device) else limit
+        return min(limit, CACHE * torch.get_num_threads()) if self.on_cpu(device) else limit
 
     def kept(self, name: str) -> int:
         """Bytes that stay there under a name."""
@@ -36,7 +36,7 @@ class Workspace:
         """Tensors with any content; what was taken under the same name before is overwritten through them."""
         sizes = [prod(shape) for shape in shapes]
         size = sum(sizes) * dtype.itemsize
-        if not self._on_cpu(device) or size > CACHE * torch.get_num_threads():
+        if not self.on_cpu(device) or size > CACHE * torch.get_num_threads():
             return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         if name not in self._kept or self._kept[name].numel() < size:
             self._kept[name] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -44,5 +44,6 @@ class Workspace:
         starts = accumulate(sizes[:-1], initial=0)
         return [whole[i : i + n].view(shape) for i, n, shape in zip(starts, sizes, shapes, strict=True)]
 
-    def _on_cpu(self, device: torch.device) -> bool:
+    def on_cpu(self, device: torch.device) -> bool:
+        """Whether it is a CPU, or stands for one."""
         return (self.meta if device.type == "meta" else device.type) == "cpu"
