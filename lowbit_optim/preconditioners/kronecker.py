@@ -301,13 +301,11 @@ class KroneckerPreconditioner(ABC):
     def _apply_part(self, part: Bucket) -> Tensor:
         """Precondition the gradients of a part; returns the troubles, int64 [2]."""
         gradient, troubles = self._gathered(part), torch.zeros(2, dtype=torch.int64, device=part.device)
-        before = _squares(gradient)
         magnitude = torch.ones_like(gradient[:, 0, 0])
         # To look at the numbers, other devices would have to be waited for.
-        plain = self.workspace.on_cpu(part.device) and (
-            gradient.is_meta or bool(((before > 1e-18) & (before < 1e18)).all())
-        )
-        if not plain:
+        before = _moderate_squares(gradient) if self.workspace.on_cpu(part.device) else None
+        plain = before is not None
+        if before is None:
             troubles[0], magnitude, before = _tame(part, gradient)
         if not part.precondition:
             part.scatter(gradient, magnitude)
@@ -378,6 +376,12 @@ def _clear(x: Tensor, bad: Tensor) -> None:
     """Zero where ``bad`` is, whatever is there, in a tenth of the time of ``masked_fill_``."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
     x.view(bits).bitwise_and_(bad.to(bits) - 1)
+
+
+def _moderate_squares(blocks: Tensor) -> Tensor | None:
+    """The sums of squares, if all blocks are finite and none needs to be divided."""
+    squares = _squares(blocks)
+    return squares if blocks.is_meta or bool(((squares > 1e-18) & (squares < 1e18)).all()) else None
 
 
 def _tame(part: Bucket, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
