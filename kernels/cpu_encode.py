@@ -180,30 +180,26 @@ def _nearest(x: Array, count: int, divisor: f32, bits: int, tables: Any, scratch
     boundaries, cells = tables[0], tables[1]
     codes, quotients, places = scratch[3], scratch[4], scratch[5]
     if bits == 4:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(15):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
+        _of_few(x, count, divisor, boundaries, 15, codes)
     elif bits == 3:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(7):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
+        _of_few(x, count, divisor, boundaries, 7, codes)
     elif bits == 2:
-        for i in range(count):
-            quotient = f32(x[i]) / divisor
-            code = u32(0)
-            for j in range(3):
-                code = u32(code + u32(quotient > boundaries[j]))
-            codes[i] = code
+        _of_few(x, count, divisor, boundaries, 3, codes)
     elif cells[0] == 0:
         _of_even(x, count, divisor, cells[2], codes)
     else:
         _of_cells(x, count, divisor, cells, quotients, places, codes)
+
+
+@inline
+def _of_few(x: Array, count: int, divisor: f32, boundaries: Array, few: int, codes: Array) -> None:
+    """The codes of x / divisor: how many of the boundaries, a number that LLVM knows, lie below."""
+    for i in range(count):
+        quotient = f32(x[i]) / divisor
+        code = u32(0)
+        for j in range(few):
+            code = u32(code + u32(quotient > boundaries[j]))
+        codes[i] = code
 
 
 @inline
