@@ -19,36 +19,42 @@ MARGIN = 8  # columns of a strip before its first
 
 @inline
 def _unpack(packed: Array, bits: int, codes: Array) -> None:
-    """Packed codes of 2, 3 or 6 bits, one a byte; whole words are written."""
+    """Packed codes of 2, 3 or 6 bits, one a byte; whole words are written.
+
+    Codes that lie side by side are drawn apart by halves, in wide numbers.
+    """
     size = len(packed)
     if bits == 2:
+        fours = codes.view(u32)
         for i in range(size):
-            codes[4 * i] = u8(packed[i] & u8(3))
-            codes[4 * i + 1] = u8(u8(packed[i] >> u8(2)) & u8(3))
-            codes[4 * i + 2] = u8(u8(packed[i] >> u8(4)) & u8(3))
-            codes[4 * i + 3] = u8(packed[i] >> u8(6))
-    else:
+            x = u32(packed[i])
+            x = u32(u32(x | u32(x << u32(12))) & u32(0x000F000F))
+            fours[i] = u32(u32(x | u32(x << u32(6))) & u32(0x03030303))
+    else:  # from words of 3 bytes
         words = size // 3
-        if bits == 3:
-            for word in range(words):
-                x = u32(0)
-                for j in range(3):
-                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
-                for j in range(8):
-                    codes[8 * word + j] = u8(u32(x >> u32(3 * j)) & u32(7))
-        else:
-            for word in range(words):
-                x = u32(0)
-                for j in range(3):
-                    x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
-                for j in range(4):
-                    codes[4 * word + j] = u8(u32(x >> u32(6 * j)) & u32(63))
+        for word in range(words):
+            x = u32(0)
+            for j in range(3):
+                x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
+            _draw_apart(x, bits, codes, word)
         if 3 * words < size:
-            x, per_word, mask = u32(0), 24 // bits, u32((1 << bits) - 1)
+            x = u32(0)
             for j in range(size - 3 * words):
                 x = u32(x | u32(u32(packed[3 * words + j]) << u32(8 * j)))
-            for j in range(per_word):
-                codes[words * per_word + j] = u8(u32(x >> u32(bits * j)) & mask)
+            _draw_apart(x, bits, codes, words)
+
+
+@inline
+def _draw_apart(x: u32, bits: int, codes: Array, word: int) -> None:
+    """The lowest 24 bits to eight codes of 3 bits or four of 6."""
+    if bits == 3:
+        y = u64(x)
+        y = (y | y << u64(20)) & u64(0x00000FFF00000FFF)
+        y = (y | y << u64(10)) & u64(0x003F003F003F003F)
+        codes.view(u64)[word] = (y | y << u64(5)) & u64(0x0707070707070707)
+    else:
+        x = u32(u32(x & u32(0x0FFF)) | u32(u32(x & u32(0xFFF000)) << u32(4)))
+        codes.view(u32)[word] = u32(u32(x & u32(0x003F003F)) | u32(u32(x & u32(0x0FC00FC0)) << u32(2)))
 
 
 @inline

@@ -1,12 +1,12 @@
 """Numbers to codes, compiled by numba.
 
-Numbers are taken a block at a time. Of few bits, a code is the number of boundaries below the quotient: as many
-comparisons, which are vector instructions. Of 6 or 8 bits the quotient's leading bits name a cell of the floats in
-which at most one boundary lies, and the code is that of the cell or the next one (``cells_of``); where boundaries are
-evenly spaced, the nearest one is computed.
+Numbers are taken a run of blocks at a time, for loops over single blocks are too short to be fast. Of few bits, a code
+is found by comparisons, which are vector instructions. Of 6 or 8 bits the quotient's leading bits name a cell of the
+floats in which at most one boundary lies, and the code is that of the cell or the next one (``cells_of``); where
+boundaries are evenly spaced, the nearest one is computed.
 
-A fitted scale asks for the codes of a block at each of ``FIT_CANDIDATES``. Of few bits the quotients are not made: for
-each candidate and boundary there is a largest float whose quotient is not above the boundary (``limits_of``).
+A fitted scale asks for the codes of its block at each of ``FIT_CANDIDATES``. Of few bits the quotients are not made:
+for each candidate and boundary there is a largest float whose quotient is not above the boundary (``limits_of``).
 """
 
 from functools import lru_cache
@@ -16,12 +16,14 @@ import numpy as np
 from numpy import float32 as f32
 from numpy import int32 as i32
 from numpy import uint8 as u8
+from numpy import uint16 as u16
 from numpy import uint32 as u32
+from numpy import uint64 as u64
 
 from lowbit_optim.kernels.cpu import Array, Scratch, inline, kernel, widen
 from lowbit_optim.kernels.reference import FIT_CANDIDATES, SCALE_GROUP
 
-LARGEST_BLOCK = 4096
+LARGEST_BLOCK = RUN = 4096  # numbers; a run of whole blocks is coded at a time
 CANDIDATES = len(FIT_CANDIDATES)
 FRACTIONS = np.array(FIT_CANDIDATES, f32)
 LARGEST_BITS = u32(0x7F7FFFFF)  # of finite numbers
@@ -98,45 +100,53 @@ def limits_of(values: bytes, boundaries: bytes) -> tuple[Array, Array]:
     return limits, np.frombuffer(values, f32)[None] * fractions
 
 
-# ---- a block ---------------------------------------------------------------------------------------------------------
+# ---- a run of blocks -------------------------------------------------------------------------------------------------
 
 
 @inline
 def _pack(codes: Array, bits: int, packed: Array) -> None:
-    """Codes, one a byte and zeros behind the last, to as many bytes as there are in ``packed``."""
+    """Codes, one a byte and zeros behind the last, to as many bytes as there are in ``packed``.
+
+    Codes that lie side by side in a wide number are drawn together by twos.
+    """
     size = len(packed)
     if bits == 8:
         for i in range(size):
             packed[i] = codes[i]
     elif bits == 4:
+        pairs = codes.view(u16)
         for i in range(size):
-            packed[i] = u8(codes[2 * i] | u8(codes[2 * i + 1] << u8(4)))
+            x = u32(pairs[i])
+            packed[i] = u8(u32(x | u32(x >> u32(4))))
     elif bits == 2:
+        fours = codes.view(u32)
         for i in range(size):
-            low = u8(codes[4 * i] | u8(codes[4 * i + 1] << u8(2)))
-            packed[i] = u8(low | u8(u8(codes[4 * i + 2] << u8(4)) | u8(codes[4 * i + 3] << u8(6))))
-    else:  # in words of 3 bytes
+            x = u32(fours[i])
+            x = u32(x | u32(x >> u32(6)))
+            packed[i] = u8(u32(x | u32(x >> u32(12))))
+    else:  # to words of 3 bytes
         words = size // 3
-        if bits == 3:
-            for word in range(words):
-                x = u32(0)
-                for j in range(8):
-                    x = u32(x | u32(u32(codes[8 * word + j]) << u32(3 * j)))
-                for j in range(3):
-                    packed[3 * word + j] = u8(x >> u32(8 * j))
-        else:
-            for word in range(words):
-                x = u32(0)
-                for j in range(4):
-                    x = u32(x | u32(u32(codes[4 * word + j]) << u32(6 * j)))
-                for j in range(3):
-                    packed[3 * word + j] = u8(x >> u32(8 * j))
+        for word in range(words):
+            x = _drawn_together(codes, bits, word)
+            for j in range(3):
+                packed[3 * word + j] = u8(x >> u32(8 * j))
         if 3 * words < size:
-            x, per_word = u32(0), 24 // bits
-            for j in range(per_word):
-                x = u32(x | u32(u32(codes[words * per_word + j]) << u32(bits * j)))
+            x = _drawn_together(codes, bits, words)
             for j in range(size - 3 * words):
                 packed[3 * words + j] = u8(x >> u32(8 * j))
+
+
+@inline
+def _drawn_together(codes: Array, bits: int, word: int) -> u32:
+    """Eight codes of 3 bits or four of 6, in the lowest 24 bits."""
+    if bits == 3:
+        y = codes.view(u64)[word]
+        y = (y | y >> u64(5)) & u64(0x003F003F003F003F)
+        y = (y | y >> u64(10)) & u64(0x00000FFF00000FFF)
+        return u32(y | y >> u64(20))
+    x = u32(codes.view(u32)[word])
+    x = u32(u32(x & u32(0x003F003F)) | u32(u32(x >> u32(2)) & u32(0x0FC00FC0)))
+    return u32(u32(x & u32(0x0FFF)) | u32(u32(x >> u32(4)) & u32(0xFFF000)))
 
 
 @inline
@@ -163,10 +173,10 @@ def _load(source: Any, layout: int, n: int, row: int, start: int, stop: int, out
 
 
 @inline
-def _largest(x: Array, count: int) -> f32:
+def _largest(x: Array) -> f32:
     """The largest magnitude; of infinite ones the largest finite number."""
     top = u32(0)
-    for i in range(count):
+    for i in range(len(x)):
         magnitude = u32(f32(x[i]).view(u32) & u32(0x7FFFFFFF))
         if magnitude > top:
             top = magnitude
@@ -175,39 +185,71 @@ def _largest(x: Array, count: int) -> f32:
 
 
 @inline
-def _nearest(x: Array, count: int, divisor: f32, bits: int, tables: Any, scratch: Any) -> None:
-    """The codes of x / divisor."""
-    boundaries, cells = tables[0], tables[1]
-    codes, quotients, places = scratch[3], scratch[4], scratch[5]
-    if bits == 4:
-        _of_few(x, count, divisor, boundaries, 15, codes)
-    elif bits == 3:
-        _of_few(x, count, divisor, boundaries, 7, codes)
-    elif bits == 2:
-        _of_few(x, count, divisor, boundaries, 3, codes)
-    elif cells[0] == 0:
-        _of_even(x, count, divisor, cells[2], codes)
-    else:
-        _of_cells(x, count, divisor, cells, quotients, places, codes)
+def _divide(x: Array, count: int, block_size: int, scales: Array, quotients: Array) -> None:
+    """Each block by its scale; zeros where that is not positive."""
+    for start in range(0, count, block_size):
+        scale = f32(scales[start // block_size])
+        stop = min(start + block_size, count)
+        numbers, out = x[start:stop], quotients[start:stop]  # loops from 0: others are looked at for being negative
+        if scale > f32(0):
+            for i in range(stop - start):
+                out[i] = numbers[i] / scale
+        else:
+            for i in range(stop - start):
+                out[i] = f32(0)
 
 
 @inline
-def _of_few(x: Array, count: int, divisor: f32, boundaries: Array, few: int, codes: Array) -> None:
-    """The codes of x / divisor: how many of the boundaries, a number that LLVM knows, lie below."""
+def _nearest(quotients: Array, count: int, bits: int, tables: Any, scratch: Any) -> None:
+    """The codes of quotients."""
+    boundaries, cells = tables[0], tables[1]
+    codes, places = scratch[3], scratch[5]
+    if bits == 4:
+        _of_sixteen(quotients, count, boundaries, codes)
+    elif bits == 3:
+        _of_few(quotients, count, boundaries, 7, codes)
+    elif bits == 2:
+        _of_few(quotients, count, boundaries, 3, codes)
+    elif cells[0] == 0:
+        _of_even(quotients, count, cells[2], codes)
+    else:
+        _of_cells(quotients, count, cells, places, codes)
+
+
+@inline
+def _of_sixteen(quotients: Array, count: int, b: Array, codes: Array) -> None:
+    """Codes of 4 bits, by halving: each comparison picks those of the boundaries that are left."""
+    b0, b1, b2, b3, b4, b5, b6, b7 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]
+    b8, b9, b10, b11, b12, b13, b14 = b[8], b[9], b[10], b[11], b[12], b[13], b[14]
     for i in range(count):
-        quotient = f32(x[i]) / divisor
+        q = f32(quotients[i])
+        eight = q > b7
+        c0, c1, c2, c3 = b8 if eight else b0, b9 if eight else b1, b10 if eight else b2, b11 if eight else b3
+        c4, c5, c6 = b12 if eight else b4, b13 if eight else b5, b14 if eight else b6
+        four = q > c3
+        d0, d1, d2 = c4 if four else c0, c5 if four else c1, c6 if four else c2
+        two = q > d1
+        one = q > (d2 if two else d0)
+        high = u32(u32(u32(eight) << u32(3)) | u32(u32(four) << u32(2)))
+        codes[i] = u32(high | u32(u32(u32(two) << u32(1)) | u32(one)))
+
+
+@inline
+def _of_few(quotients: Array, count: int, boundaries: Array, few: int, codes: Array) -> None:
+    """The codes of quotients: how many of the boundaries, a number that LLVM knows, lie below."""
+    for i in range(count):
         code = u32(0)
         for j in range(few):
-            code = u32(code + u32(quotient > boundaries[j]))
+            code = u32(code + u32(quotients[i] > boundaries[j]))
         codes[i] = code
 
 
 @inline
-def _of_even(x: Array, count: int, divisor: f32, last: int, codes: Array) -> None:
-    """The codes of x / divisor where boundary j, of 0 to last, is (2j - last) / (last + 1): tried is the nearest."""
+def _of_even(quotients: Array, count: int, last: int, codes: Array) -> None:
+    """The codes of quotients where boundary j, of 0 to last, is (2j - last) / (last + 1): tried is the nearest."""
     last_, half, shift = f32(last), f32(f32(last + 1) / f32(2)), f32(2**23)
     for i in range(count):
-        quotient = f32(f32(x[i]) / divisor)
+        quotient = f32(quotients[i])
         place = quotient * half + last_ / f32(2)
         place = place if place > f32(0) else f32(0)
         place = place if place < last_ else last_
@@ -218,14 +260,12 @@ def _of_even(x: Array, count: int, divisor: f32, last: int, codes: Array) -> Non
 
 
 @inline
-def _of_cells(x: Array, count: int, divisor: f32, cells: Any, quotients: Array, places: Array, codes: Array) -> None:
-    """The codes of x / divisor, by cells: first vector instructions, then looking up."""
+def _of_cells(quotients: Array, count: int, cells: Any, places: Array, codes: Array) -> None:
+    """The codes of quotients, by cells: first vector instructions, then looking up."""
     shift, lowest, last, codes_of, limits = cells
     first, end = i32(lowest), i32(last)
     for i in range(count):
-        quotient = f32(f32(x[i]) / divisor)
-        quotients[i] = quotient
-        whole = u32(quotient.view(u32))
+        whole = u32(f32(quotients[i]).view(u32))
         place = i32(i32(u32(u32(whole & u32(0x7FFFFFFF)) >> u32(shift & 31))) - first)
         place = i32(0) if place < i32(0) else place
         place = end if place > end else place
@@ -265,9 +305,9 @@ def _squares(u: Array, count: int, bits: int, limits: Array, values: Array, out:
 
 
 @inline
-def _halving_sum(x: Array, size: int) -> f32:
+def _halving_sum(x: Array) -> f32:
     """Of a power of two of numbers, at least 16."""
-    half = size // 2
+    half = len(x) // 2
     while half > 8:
         for i in range(half):
             x[i] = x[i] + x[i + half]
@@ -282,42 +322,43 @@ def _halving_sum(x: Array, size: int) -> f32:
 
 
 @inline
-def _fit(x: Array, count: int, block_size: int, largest: f32, bits: int, tables: Any, scratch: Any) -> f32:
-    """The candidate scale of least squared error."""
+def _fit(x: Array, count: int, block_size: int, bits: int, tables: Any, scratch: Any, scales: Array) -> None:
+    """Each block's largest magnitude to the candidate scale of least squared error."""
     fractions, limits, multiples = tables[2], tables[3], tables[4]
-    u, squares, codes = scratch[1], scratch[2], scratch[3]
-    if not largest > f32(0):
-        return largest
-    for i in range(count):
-        u[i] = x[i] / largest
-    best, best_error = f32(1), f32(np.inf)
+    u, squares, codes, quotients, best, errors = scratch[1], scratch[2], scratch[3], scratch[4], scratch[6], scratch[7]
+    _divide(x, count, block_size, scales, u)
+    whole = (count + block_size - 1) // block_size * block_size
+    blocks = whole // block_size
+    for block in range(blocks):
+        best[block], errors[block] = f32(1), f32(np.inf)
     for c in range(CANDIDATES):
         if bits <= 4:
             _squares(u, count, bits, limits[c], multiples[c], squares)
         else:
-            _nearest(u, count, fractions[c], bits, tables, scratch)
+            for i in range(count):
+                quotients[i] = u[i] / fractions[c]
+            _nearest(quotients, count, bits, tables, scratch)
             for i in range(count):
                 residual = u[i] - multiples[c, codes[i]]
                 squares[i] = residual * residual
-        for i in range(count, block_size):
+        for i in range(count, whole):
             squares[i] = f32(0)
-        error = _halving_sum(squares, block_size)
-        if error < best_error:
-            best, best_error = f32(fractions[c]), error
-    return f32(best * largest)
+        for block in range(blocks):
+            error = _halving_sum(squares[block * block_size : (block + 1) * block_size])
+            if error < errors[block]:
+                best[block], errors[block] = f32(fractions[c]), error
+    for block in range(blocks):
+        scales[block] = best[block] * scales[block]
 
 
 @inline
-def _encode(x: Array, count: int, scale: f32, bits: int, tables: Any, scratch: Any, packed: Array) -> None:
-    codes = scratch[3]
-    if scale > f32(0):
-        _nearest(x, count, scale, bits, tables, scratch)
-    else:
-        x[0] = f32(0)
-        _nearest(x, 1, f32(1), bits, tables, scratch)
-        for i in range(1, count):
-            codes[i] = codes[0]
-    for i in range(count, min(count + 8, len(codes))):
+def _encode(
+    x: Array, count: int, block_size: int, scales: Array, bits: int, tables: Any, scratch: Any, packed: Array
+) -> None:
+    codes, quotients = scratch[3], scratch[4]
+    _divide(x, count, block_size, scales, quotients)
+    _nearest(quotients, count, bits, tables, scratch)
+    for i in range(count, count + 8):
         codes[i] = u8(0)
     _pack(codes, bits, packed)
 
@@ -340,48 +381,59 @@ def quantize(
 ) -> int:
     """Groups of blocks, the first to the last - 1, that would share a maximum."""
     bits, block_size, fitted, double = how
-    x, group_scales = scratch[0], scratch[6]
+    x, group_scales = scratch[0], scratch[8]
     blocks = (row_length + block_size - 1) // block_size
     groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
     row_bytes = (row_length * bits + 7) // 8
     for group in range(first, last):
         row = group // groups
         first_block = (group - row * groups) * SCALE_GROUP
-        last_block = min(first_block + SCALE_GROUP, blocks)
-        top = f32(0)
-        for block in range(first_block, last_block):
-            start, stop = block * block_size, min((block + 1) * block_size, row_length)
-            count = stop - start
+        begin, end = first_block * block_size, min((first_block + SCALE_GROUP) * block_size, row_length)
+        in_group = (end - begin + block_size - 1) // block_size
+        for start in range(begin, end, RUN):
+            stop = min(start + RUN, end)
+            run_scales = group_scales[(start - begin) // block_size :]
             _load(source, layout, n, row, start, stop, x)
-            scale = _largest(x, count)
+            for at in range(0, stop - start, block_size):
+                run_scales[at // block_size] = _largest(x[at : min(at + block_size, stop - start)])
             if fitted:
-                scale = _fit(x, count, block_size, scale, bits, tables, scratch)
-            if double:
-                group_scales[block - first_block] = scale
-                top = top if top > scale else scale
-            else:
-                scales[row * blocks + block] = scale
-                begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
+                _fit(x, stop - start, block_size, bits, tables, scratch, run_scales)
+        first_scale = row * blocks + first_block
         if double:
-            maxima[group] = top
-            divisor = top if top > f32(0) else f32(1)
-            for block in range(first_block, last_block):
-                start, stop = block * block_size, min((block + 1) * block_size, row_length)
-                count = stop - start
-                # The sum is rounded to a whole number, halves to even.
-                rounded = f32(f32(group_scales[block - first_block] / divisor) * f32(255)) + f32(2**23)
-                code = u32(f32(rounded).view(u32) & u32(255))
-                scale_codes[row * blocks + block] = code
+            _round_scales(group_scales[:in_group], scale_codes[first_scale : first_scale + in_group], maxima, group)
+        else:
+            for block in range(in_group):
+                scales[first_scale + block] = group_scales[block]
+        for start in range(begin, end, RUN):
+            stop = min(start + RUN, end)
+            if end - begin > RUN:  # else it is there
                 _load(source, layout, n, row, start, stop, x)
-                scale = f32(f32(f32(code) / f32(255)) * top)
-                begin = row * row_bytes + start * bits // 8
-                _encode(x, count, scale, bits, tables, scratch, packed[begin : begin + (count * bits + 7) // 8])
+            run_scales = group_scales[(start - begin) // block_size :]
+            first_byte = row * row_bytes + start * bits // 8
+            run_bytes = packed[first_byte : first_byte + ((stop - start) * bits + 7) // 8]
+            _encode(x, stop - start, block_size, run_scales, bits, tables, scratch, run_bytes)
     return 0
+
+
+@inline
+def _round_scales(scales: Array, codes: Array, maxima: Array, group: int) -> None:
+    """The scales of a group to 8 bits of their maximum, and to what these say."""
+    top = f32(0)
+    for block in range(len(scales)):
+        top = top if top > scales[block] else f32(scales[block])
+    maxima[group] = top
+    divisor = top if top > f32(0) else f32(1)
+    for block in range(len(scales)):
+        # The sum is rounded to a whole number, halves to even.
+        rounded = f32(f32(scales[block] / divisor) * f32(255)) + f32(2**23)
+        code = u32(f32(rounded).view(u32) & u32(255))
+        codes[block] = code
+        scales[block] = f32(f32(code) / f32(255)) * top
 
 
 def scratch() -> Scratch:
     """What ``quantize`` works in."""
-    x, units, squares, quotients = np.empty((4, LARGEST_BLOCK), f32)
-    codes, places = np.empty(LARGEST_BLOCK + 8, u8), np.empty(LARGEST_BLOCK, u32)
-    return x, units, squares, codes, quotients, places, np.empty(SCALE_GROUP, f32)
+    x, units, squares, quotients = np.empty((4, RUN), f32)
+    codes, places = np.empty(RUN + 8, u8), np.empty(RUN, u32)
+    best, errors = np.empty((2, RUN // 16), f32)
+    return x, units, squares, codes, quotients, places, best, errors, np.empty(SCALE_GROUP, f32)
