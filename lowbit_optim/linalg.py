@@ -78,8 +78,7 @@ def symmetrize(a: Tensor) -> Tensor:
 
 
 def add_to_diagonal(a: Tensor, x: Tensor) -> Tensor:
-    """A + x I, [k, n, n] and [k] to [k, n, n]."""
-    a = a.clone()
+    """A + x I, [k, n, n] and [k], in place."""
     a.diagonal(dim1=-2, dim2=-1).add_(x.unsqueeze(-1))
     return a
 
@@ -172,13 +171,14 @@ def cholesky(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues [k, n], ascending, and eigenvectors [k, n, n] of symmetric matrices, guarded.
 
+    Only what is not above the diagonal is read.
     A tiny relative ridge comes first; matrices for which the solver raises or returns something non-finite are tried
     once more, one by one, in float64. Looks at the result on the host once.
 
     Returns:
         (eigenvalues, eigenvectors as columns, ok [k]).
     """
-    a = add_to_diagonal(a, _RIDGE * a.diagonal(dim1=-2, dim2=-1).abs().amax(-1))
+    a = add_to_diagonal(a.clone(), _RIDGE * a.diagonal(dim1=-2, dim2=-1).abs().amax(-1))
     try:
         values, vectors = _eigh(a)
         ok = finite(vectors) & finite(values)
@@ -206,7 +206,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     threads = torch.get_num_threads()
     if a.device.type != "cpu" or threads == 1 or threads >= 4 * len(a):
         return torch.linalg.eigh(a)
-    values, vectors = torch.empty_like(a[..., 0]), torch.empty_like(a)
+    values, vectors = torch.empty_like(a[..., 0]), torch.empty_like(a).mT  # as they come, column by column
     try:
         helpers = executor()
         helpers.submit(int)
@@ -223,9 +223,19 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
-    """V diag(lambda)^exponent V^T, symmetric to the last bit: [k, n] and [k, n, n] to [k, n, n]."""
-    half = vectors * values.pow(exponent / 2).unsqueeze(-2)
-    return symmetrize(half @ half.mT)
+    """V diag(lambda)^exponent V^T, symmetric up to rounding: [k, n] and [k, n, n] to [k, n, n]."""
+    return compose(values.pow(exponent / 2), vectors)
+
+
+def compose(roots: Tensor, vectors: Tensor) -> Tensor:
+    """V diag(roots)^2 V^T, symmetric up to rounding: reading a matrix across costs as much as the product.
+
+    Args:
+        roots: of the eigenvalues, [k, n].
+        vectors: eigenvectors as columns, [k, n, n].
+    """
+    half = vectors * roots.unsqueeze(-2)
+    return half @ half.mT
 
 
 def exponential(x: Tensor, reach: float) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowbit_optim.linalg import (
     add_to_diagonal,
+    compose,
     damped,
     each,
     eigh,
@@ -34,6 +35,7 @@ from lowbit_optim.linalg import (
     largest_eigenvalue,
     matrix_power,
     symmetrize,
+    trace,
 )
 
 ROUTES = ("eigh", "products")
@@ -75,36 +77,40 @@ def inverse_root(
     the result on the host. A ridge below float32's unit (float64's) of lambda_max acts as one of that size.
 
     Args:
-        a: symmetric [k, n, n]; negative eigenvalues count as zero.
+        a: symmetric up to rounding, [k, n, n]; negative eigenvalues count as zero.
         p: order of the root.
         eps: ridge relative to the largest eigenvalue.
         ridge: [k], in the place of eps lambda_max.
         clamp: raise eigenvalues to at least eps lambda_max instead of adding it; by products softly, as above.
 
     Returns:
-        (the roots [k, n, n]; the identity for a matrix without a positive eigenvalue, ok [k]).
+        (the roots [k, n, n], symmetric up to rounding, I for a matrix without a positive eigenvalue; ok [k]).
     """
     # Taken out first, so that eps times a tiny eigenvalue does not underflow.
     scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
     scale = torch.where(scale > 0, scale, 1.0)
-    a = a / each(scale, a)
     if ridge is not None:
         ridge = ridge / scale
     if route(a.device) == "eigh":
-        root, ok = _root_by_eigh(a, p, eps, ridge, clamp)
+        root, ok = _root_by_eigh(a, scale, p, eps, ridge, clamp)
     else:
-        root, ok = _root_by_products(a, p, eps, ridge, clamp)
+        root, ok = _root_by_products(a / each(scale, a), p, eps, ridge, clamp)
+        root *= each(scale.pow(-1 / p), a)
         bad = ~ok & finite(a)
         if not a.is_meta and bool(bad.any()):
             bad = bad.nonzero().flatten()
-            root[bad], ok[bad] = _root_by_eigh(a[bad], p, eps, None if ridge is None else ridge[bad], clamp)
-    root = root * each(scale.pow(-1 / p), a)
+            root[bad], ok[bad] = _root_by_eigh(a[bad], scale[bad], p, eps, None if ridge is None else ridge[bad], clamp)
     return root, ok & finite(root)
 
 
-def _root_by_eigh(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp: bool) -> tuple[Tensor, Tensor]:
+def _root_by_eigh(
+    a: Tensor, scale: Tensor, p: int, eps: float, ridge: Tensor | None, clamp: bool
+) -> tuple[Tensor, Tensor]:
+    """The roots of A whose ridge, relative or absolute, is that of A / scale."""
     values, vectors, ok = eigh(a)
-    return matrix_power(damped(values, eps, ridge, clamp=clamp), vectors, -1 / p), ok
+    scale = scale.unsqueeze(-1)
+    values = damped(values / scale, eps, ridge, clamp=clamp)
+    return compose(values.pow(-0.5 / p) * scale.pow(-0.5 / p), vectors), ok
 
 
 def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp: bool) -> tuple[Tensor, Tensor]:
@@ -124,8 +130,10 @@ def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp
     return symmetrize(root) * each(largest.pow(-1 / p), root), ok
 
 
-def inverse_power(x: Tensor, q: int, floor: float, ridge: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """max(X, floor^(1/q) lambda_max)^-q - ridge I.
+def inverse_power(
+    x: Tensor, q: int, floor: float, ridge: Tensor | None = None, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """max(X, floor^(1/q) lambda_max)^-q - ridge I, with a trace that may be given.
 
     By products the clamp is soft and acts on |X|, at 0.7 of that: at q = 4, what is as large as floor^(1/q) lambda_max
     comes back a quarter smaller, and from twice that on exactly. (An odd q is left to eigh.)
@@ -136,24 +144,35 @@ def inverse_power(x: Tensor, q: int, floor: float, ridge: Tensor | None = None) 
         floor: relative to the largest eigenvalue, of the inverse of the power.
         ridge: [k]; eigenvalues that it would make negative become zero, or by products stay negative: at most by what
             rounding had taken from them.
+        total: [k], the traces of the results, which are multiples of the powers, or of I where nothing is left of them.
 
     Returns:
-        (the powers [k, n, n], ok [k]).
+        (the powers [k, n, n], symmetric up to rounding; ok [k]).
     """
     if route(x.device) == "eigh" or q % 2:
         values, vectors, ok = eigh(x)
         values = damped(values, floor ** (1 / q), clamp=True).pow(-q)
         if ridge is not None:
             values = (values - ridge.unsqueeze(-1)).clamp(min=0)
-        return matrix_power(values, vectors, 1.0), ok
+        return matrix_power(values if total is None else with_sum(values, total), vectors, 1.0), ok
     square = x @ x
     largest = largest_eigenvalue(square)
     largest = torch.where(largest > 0, largest, 1.0)
     inverse = _iterate(square / each(largest, square), 1, _steps(1, floor ** (2 / q) / 2, True))
     power = symmetrize(torch.linalg.matrix_power(symmetrize(inverse), q // 2)) * each(largest.pow(-q / 2), x)
     if ridge is not None:
-        power = add_to_diagonal(power, -ridge)
+        add_to_diagonal(power, -ridge)
+    if total is not None:
+        before = trace(power)
+        power *= each(torch.where(before > 0, total / before, 0.0), power)
+        add_to_diagonal(power, torch.where(before > 0, 0.0, total / x.shape[-1]))
     return power, finite(power)
+
+
+def with_sum(values: Tensor, total: Tensor) -> Tensor:
+    """Eigenvalues [k, n] >= 0 times what brings their sums to [k]; equal ones where all are zero."""
+    before, total = values.sum(-1, keepdim=True), total.unsqueeze(-1)
+    return torch.where(before > 0, values * (total / before), total / values.shape[-1])
 
 
 def _iterate(m: Tensor, p: int, steps: tuple[tuple[float, float], ...]) -> Tensor:

@@ -13,6 +13,11 @@ from tests import oracles
 from tests.factors import relative, spectral
 
 
+def asymmetry(x):
+    """The largest difference between two twins, relative to the largest number."""
+    return float(((x - x.mT).abs().amax((1, 2)) / x.abs().amax((1, 2))).max())
+
+
 @pytest.fixture
 def no_eigh(monkeypatch):
     """Whatever needs a decomposition fails."""
@@ -52,7 +57,7 @@ def test_inverse_root(p, condition, dtype, route):
         x, ok = inverse_root(torch.from_numpy(a).to(dtype), p, eps)
         assert ok.all()
         assert x.dtype == dtype
-        assert torch.equal(x, x.mT)
+        assert asymmetry(x) < 4 * torch.finfo(dtype).eps
         # A stable method is off by its unit and the ridge, as seen from the smallest eigenvalue; products stop at 1e-6.
         unit = 2 * torch.finfo(dtype).eps
         limit = (unit + 1e-12) * condition / p + (20 if route == "eigh" else 200) * unit
@@ -181,7 +186,7 @@ def test_inverse_power(q, dtype, route):
     x, u = spectral(np.geomspace(1, 0.2, 64), np.random.default_rng(0))
     power, ok = inverse_power(torch.from_numpy(np.stack([x, 3 * x])).to(dtype), q, 1e-6 ** (q / 4))
     assert ok.all()
-    assert torch.equal(power, power.mT)
+    assert asymmetry(power) < 4 * torch.finfo(dtype).eps
     exact = (u * np.geomspace(1, 0.2, 64) ** -q) @ u.T
     for i, scale in enumerate((1, 3)):
         assert relative(power[i] * float(scale) ** q, exact) < q * (3e-6 if dtype == torch.float32 else 2e-6)

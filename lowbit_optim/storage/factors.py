@@ -135,9 +135,9 @@ class Factor(ABC):
 
     def mean_after(self, state: State, m: Tensor, magnitude: Tensor) -> Tensor:
         """tr(A) / n, [k], as it will be after that update; as it is if the statistic is not finite."""
-        n, before = m.shape[-1], self.mean_eigenvalue(state, m.dtype)
-        a, new = ((x * n)[:, None, None] for x in (before, trace(m) / n))
-        mean = self._average(self._counted(state, m, magnitude)[0], a, new, magnitude).flatten() / n
+        n, before, new = m.shape[-1], self.mean_eigenvalue(state, m.dtype), trace(m)
+        old_share, new_share = self._shares(self._counted(state, m, magnitude)[0], n * before, new, magnitude)
+        mean = old_share * before + new_share * new / n
         return torch.where(torch.isfinite(mean) & finite(m), mean, before)
 
     def _counted(self, state: State, m: Tensor, magnitude: Tensor) -> tuple[State, Tensor]:
@@ -149,20 +149,27 @@ class Factor(ABC):
         """Compute the root of the statistic that is kept, in ``dtype``; damping: [k], for the "absolute" ridge."""
         return _keep_good(state, *self._refresh(state, dtype, damping))
 
-    def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor, unit: Tensor | float = 1.0) -> Tensor:
-        """(1 - s) A + s magnitude^2 M, with s = (1 - beta) / (1 - beta^t) at the t-th statistic.
+    def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor) -> Tensor:
+        """(1 - s) A + s magnitude^2 M, with s = (1 - beta) / (1 - beta^t) at the t-th statistic."""
+        return weighted_sum(a, m, *self._shares(state, trace(a), trace(m), magnitude))
 
-        A and the magnitude are in units of unit^2 and unit, [k].
+    def _shares(
+        self, state: State, old: Tensor, new: Tensor, magnitude: Tensor, unit: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """What A and M are multiplied with in their average: 1 - s and s magnitude^2, [k].
+
+        Args:
+            old, new: the traces of A and M, [k], that of A in units of unit^2.
+            magnitude: [k], in units of unit.
         """
-        scale, old, new = magnitude.square(), trace(a), trace(m)
+        scale = magnitude.square()
         new_share = torch.full_like(scale, 1 - self.decay)
         if not self.initial_scale:
             reference = old.maximum((state["previous_norm"].to(old.dtype) / unit).square())
             outlier = (old > 0) & (scale * new > self.statistic_limit * reference)
             scale = torch.where(outlier, old / torch.where(new > 0, new, 1.0), scale)
             new_share = share(self.decay, state["updates"], scale.dtype)
-        scale = scale.clamp(max=torch.finfo(m.dtype).max)
-        return each(1 - new_share, a) * a + each(new_share * scale, m) * m
+        return 1 - new_share, new_share * scale.clamp(max=torch.finfo(scale.dtype).max)
 
 
 def _plain(value: Any) -> Any:
@@ -171,6 +178,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no infinity
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def weighted_sum(a: Tensor, m: Tensor, a_share: Tensor, m_share: Tensor) -> Tensor:
+    """a_share A + m_share M, of [k, n, n] and [k]."""
+    return torch.addcmul(a * each(a_share, a), m, each(m_share, m))
 
 
 def _storable(x: Tensor) -> Tensor:

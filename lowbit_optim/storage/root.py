@@ -19,8 +19,8 @@ from lowbit_optim.linalg import (
     symmetrize,
     trace,
 )
-from lowbit_optim.roots import inverse_power, inverse_root
-from lowbit_optim.storage.factors import Coded, State, counters, put, take
+from lowbit_optim.roots import inverse_power, inverse_root, with_sum
+from lowbit_optim.storage.factors import Coded, State, counters, put, take, weighted_sum
 
 # Of a root: a root of low power of tiny statistics would overflow in float32, and its direction is what matters.
 _LARGEST_SCALE = 1e30
@@ -98,26 +98,26 @@ class Root(Coded):
         x = self.codec.decode(take(self.name, state), dtype)
         if self.codec.layout == "square":
             x = symmetrize(x)
-        a, ok = self._read(x, None if self.ridge == "clamp" else state["ridge"].to(dtype))
-        known, total = state["rms"] > 0, trace(a)
-        a *= each(torch.where(known & (total > 0), a.shape[-1] / total, 0.0), a)
-        # I if a ridge was so large that nothing is left of A beside it.
-        return add_to_diagonal(a, (known & ~(total > 0)).to(dtype)), ok
+        # It is I if a ridge was so large that nothing is left of A beside it.
+        total = torch.where(state["rms"] > 0, float(x.shape[-1]), 0.0).to(dtype)
+        return self._read(x, None if self.ridge == "clamp" else state["ridge"].to(dtype), total)
 
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         rms = state["rms"].to(m.dtype)
         unit = torch.where(rms > 0, rms, magnitude)
+        unit = torch.where(unit > 0, unit, 1.0)
         a, ok = self._normalized_statistic(state, m.dtype)
-        safe = torch.where(unit > 0, unit, 1.0)
-        a = self._average(state, a, m, magnitude / safe, safe)
-        mean = trace(a) / a.shape[-1]
+        old, new = trace(a), trace(m)
+        old_share, new_share = self._shares(state, old, new, magnitude / unit, unit)
+        mean = (old_share * old + new_share * new) / a.shape[-1]
         rms = unit * mean.sqrt()
         changed = {"rms": rms.float()}
-        a = a / each(torch.where(mean > 0, mean, 1.0), a)
+        mean = torch.where(mean > 0, mean, 1.0)
+        a = weighted_sum(a, m, old_share / mean, new_share / mean)
         if self.ridge != "clamp":
             ridge = self._added(a, damping, rms)
             changed["ridge"] = ridge.float()
-            a = add_to_diagonal(a, ridge)
+            add_to_diagonal(a, ridge)
         x, x_ok = self._kept(a)
         return changed | put(self.name, self.codec.encode(x)), ok & x_ok
 
@@ -131,9 +131,9 @@ class Root(Coded):
         """X of a normalized A with its ridge, before coding; ok [k]."""
         return inverse_root(a, self._q, self._floor, clamp=True)
 
-    def _read(self, x: Tensor, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A from X, without its ridge [k]; if it has none, up to a factor. ok [k]."""
-        return inverse_power(x, self._q, self._floor, ridge)
+    def _read(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
+        """A from X, without its ridge [k], times what makes its trace total [k]; ok [k]."""
+        return inverse_power(x, self._q, self._floor, ridge, total)
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         """A^(-1/p) from X."""
@@ -162,16 +162,16 @@ class Logarithm(Root):
 
     def _kept(self, a: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors, ok = eigh(a)
-        x = symmetrize((vectors * -damped(values, self._floor, clamp=True).log().unsqueeze(-2)) @ vectors.mT)
+        x = (vectors * -damped(values, self._floor, clamp=True).log().unsqueeze(-2)) @ vectors.mT
         return x, ok & finite(x)
 
-    def _read(self, x: Tensor, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _read(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors, ok = eigh(x)
         smallest = values[..., :1]
         values = (smallest - values).exp()  # 1 for the smallest of X, the largest of A
         if ridge is not None:
             values = (values * smallest.clamp(min=-60).neg().exp() - ridge.unsqueeze(-1)).clamp(min=0)
-        return matrix_power(values, vectors, 1.0), ok
+        return matrix_power(with_sum(values, total), vectors, 1.0), ok
 
     def _normalized_root(self, x: Tensor) -> Tensor:
         return exponential(x / self.power, -math.log(self._floor) / self.power)
