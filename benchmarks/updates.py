@@ -5,6 +5,9 @@ or by CUDA's events) and in matrix products of the same order and number of bloc
 The routes are those of ``lowbit_optim.roots``: "eigh" decomposes one matrix after the other, "products" multiplies
 stacked ones. On the CPU the first is what is used, and the second is only measured; on a GPU it is the other way round.
 
+Then how far off the root is by either route: relative errors of A^(-1/4) against float64, mean of three streams of
+statistics, at the tenth update, while statistics are of low rank, and over every second one from the 42nd to the 120th.
+
     python -m benchmarks.updates
     python -m benchmarks.updates --device cuda --orders 256 512 1024 2048
 """
@@ -13,7 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting threads count as CPU time
@@ -22,12 +25,26 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.matrices import advance, log_spaced, low_bit, of_the_paper, statistics
+from benchmarks.matrices import (
+    advance,
+    averages,
+    exact_root,
+    fourth_root,
+    log_spaced,
+    low_bit,
+    of_the_paper,
+    power_law,
+    relative_error,
+    spiked,
+    statistics,
+)
 from benchmarks.report import keep, show
 from lowbit_optim.linalg import full_precision
 from lowbit_optim.roots import ROUTES, forced_route
 from lowbit_optim.storage.factors import Factor
 
+SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
+EARLY, SETTLED = 10, range(42, 121, 2)  # updates whose errors are shown
 ONE_ROUTE = ("eigen, the paper",)  # it has no decomposition and no iteration
 
 
@@ -103,6 +120,25 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def errors(order: int, device: torch.device, seeds: range = range(3)) -> list[dict[str, Any]]:
+    """One row a form of few bits and route."""
+    rows = []
+    asked = [(name, factor, route) for name, factor in forms().items() if factor.one_period for route in ROUTES]
+    for name, factor, route in track(asked, "errors", transient=True):
+        row: dict[str, Any] = {"form": name, "route": route, "order": order}
+        for spectrum, levels in SPECTRA.items():
+            state = factor.init(len(seeds), order, torch.float32, device)
+            off = {}
+            for t, (m, a) in enumerate(averages(statistics(levels(order), order // 4, seeds, SETTLED[-1])), 1):
+                with forced_route(route):
+                    state = advance(factor, state, m.to(device))
+                if t == EARLY or t in SETTLED:
+                    off[t] = relative_error(fourth_root(factor, state).cpu(), exact_root(a, factor)).mean().item()
+            row |= {f"{spectrum}, early": off[EARLY], spectrum: mean(off[t] for t in SETTLED)}
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -122,12 +158,14 @@ def main() -> None:
     with full_precision():
         for order, blocks in track(sizes, transient=True):
             rows += measure(order, blocks, args.rounds, device)
+        off = errors(args.orders[0], device)
     show(f"Cost of an update on {device.type}, {args.threads} thread(s)", rows)
     compared = ratios(rows)
     if device.type == "cuda":
         show("The decomposition of one matrix after the other, over the default route", compared)
     name = "updates" if device.type == "cpu" else f"updates-{device.type}"
-    keep(name, {"updates": rows, "ratios": compared}, vars(args))
+    show(f"Errors of A^(-1/4), order {args.orders[0]}", off)
+    keep(name, {"updates": rows, "ratios": compared, "errors": off}, vars(args))
 
 
 if __name__ == "__main__":
