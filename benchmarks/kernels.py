@@ -4,14 +4,16 @@ A rate is that of the side that is not coded, counted as float32, in 1e9 bytes a
 "/ copy_" is the rate over that at which ``copy_`` moves as many float32 numbers, in the same run: 1 is as fast as a
 copy. Times are medians over rounds, and in a round everything runs once, so that all of it meets the same load of the
 machine; compare within one run only. What is decoded is written into a tensor that is kept, as far as a library can. A
-library that is not installed is left out. The reference and torchao, which are slow, take a sixteenth of
-the numbers on the CPU, where caches hold them.
+library that is not installed is left out. The reference and torchao, which are slow, take a sixteenth of the numbers on
+the CPU, where caches hold them. OpenMP's threads wait asleep (``OMP_WAIT_POLICY=passive``, unless set): awake they
+would take the cores from whoever comes next.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --device cuda --numbers 268435456
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +21,8 @@ from math import isqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 
 import torch
 from rich.progress import track
