@@ -33,7 +33,7 @@ from lowbit_optim.kernels.reference import SCALE_GROUP, packed_bytes
 
 JOB = 1 << 18  # numbers that a thread takes at a time, about
 LAYOUTS = {"square": SQUARE, "triangle": TRIANGLE}
-NO_DIAGONAL, NO_HALVES = np.empty(0, np.float32), np.empty(0, np.uint16)
+NO_DIAGONAL, NO_HALVES, NO_PAIRS = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty(0, np.uint64)
 
 
 def quantize_blockwise(
@@ -162,7 +162,16 @@ def _target(out: Tensor) -> tuple[bool, Array, Array]:
 
 def _coded(codes: Tensor, scales: Tensor, maxima: Tensor, values: Tensor) -> tuple[Array, ...]:
     """What ``_decode`` reads."""
-    return codes.view(-1).numpy(), *_scales(scales), maxima.view(-1).numpy(), values.numpy()
+    table = values.numpy()
+    return codes.view(-1).numpy(), *_scales(scales), maxima.view(-1).numpy(), table, _pairs(table)
+
+
+def _pairs(values: Array) -> Array:
+    """What each byte of two 4-bit codes says, as 64 bits; nothing of other tables."""
+    if len(values) != 16:
+        return NO_PAIRS
+    byte = np.arange(256)
+    return np.stack([values[byte & 15], values[byte >> 4]], -1).view(np.uint64).ravel()
 
 
 def _scales(scales: Tensor) -> tuple[Array, Array]:

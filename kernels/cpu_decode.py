@@ -14,7 +14,6 @@ from lowbit_optim.kernels.reference import SCALE_GROUP
 
 RUN = 1024  # numbers of a row that are decoded at a time
 STRIP = 64  # rows of a matrix that are decoded before their other triangle is written
-MARGIN = 8  # columns of a strip before its first
 
 
 @inline
@@ -60,11 +59,18 @@ def _draw_apart(x: u32, bits: int, codes: Array, word: int) -> None:
 @inline
 def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array, out: Array) -> None:
     """The numbers from start, a multiple of 8, to stop - 1 of a coded row."""
-    packed, scales, scale_codes, maxima, values = parts
+    packed, scales, scale_codes, maxima, values, pairs = parts
     bits, block_size, double, row_length = how
     blocks = (row_length + block_size - 1) // block_size
     groups = (blocks + SCALE_GROUP - 1) // SCALE_GROUP
     row_bytes = (row_length * bits + 7) // 8
+    if bits == 4:  # all of them first, two at a time
+        first, whole = row * row_bytes + start // 2, (stop - start) // 2
+        here, wide = packed[first : first + (stop - start + 1) // 2], out[: 2 * whole].view(u64)
+        for i in range(whole):
+            wide[i] = pairs[here[i]]
+        if 2 * whole < stop - start:
+            out[2 * whole] = values[here[whole] & u8(15)]
     at = start
     while at < stop:
         block = at // block_size
@@ -80,11 +86,8 @@ def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array,
             for i in range(count):
                 numbers[i] = values[here[i]] * scale
         elif bits == 4:
-            for i in range(count // 2):
-                numbers[2 * i] = values[here[i] & u8(15)] * scale
-                numbers[2 * i + 1] = values[here[i] >> u8(4)] * scale
-            if count % 2 == 1:
-                numbers[count - 1] = values[here[count // 2] & u8(15)] * scale
+            for i in range(count):
+                numbers[i] = numbers[i] * scale
         else:
             _unpack(here, bits, codes)
             for i in range(count):
@@ -135,25 +138,26 @@ def dequantize_triangles(
     wide, floats, _ = target
     x, codes, column = scratch
     strips = (n + STRIP - 1) // STRIP
-    width = len(x) // STRIP
     for index in range(first, last):
         matrix = index // strips
         top = (index - matrix * strips) * STRIP
         bottom = min(top + STRIP, n)
+        begin = top * (top - 1) // 2
+        ahead = begin % 8
+        _decode(parts, how, matrix, begin - ahead, bottom * (bottom - 1) // 2, codes, x)
+        below = x[ahead:]
         for i in range(top, bottom):
-            start = i * (i - 1) // 2
-            ahead = start % 8
-            here = (i - top) * width + MARGIN
-            _decode(parts, how, matrix, start - ahead, start + i, codes, x[here - ahead : here + i])
-            x[here + i] = diagonal[matrix * n + i]
-            _put(x[here : here + i + 1], target, (matrix * n + i) * n)
+            start, place, corner = i * (i - 1) // 2 - begin, (matrix * n + i) * n, matrix * n + i
+            _put(below[start : start + i], target, place)
+            _put(diagonal[corner : corner + 1], target, place + i)
         for j in range(bottom - 1):
-            first_row = max(top, j + 1)
-            count, place = bottom - first_row, (matrix * n + j) * n + first_row
-            below = x[(first_row - top) * width + MARGIN + j :]
+            row = max(top, j + 1)
+            count, place = bottom - row, (matrix * n + j) * n + row
             right = floats[place : place + count] if wide else column[:count]
-            for i in range(count):  # unsigned: others are looked at for being negative
-                right[i] = below[u64(i) * u64(width)]
+            at, length = u64(row * (row - 1) // 2 - begin + j), u64(row)  # unsigned: others may be negative
+            for i in range(count):
+                right[i] = below[at]
+                at, length = u64(at + length), u64(length + u64(1))
             if not wide:
                 _put(right, target, place)
     return 0
@@ -166,4 +170,4 @@ def row_scratch() -> Scratch:
 
 def strip_scratch(n: int) -> Scratch:
     """What ``dequantize_triangles`` works in for matrices of order n."""
-    return np.empty(STRIP * (n + 2 * MARGIN), f32), np.empty(LARGEST_BLOCK + 8, u8), np.empty(STRIP, f32)
+    return np.empty(STRIP * n + 8, f32), np.empty(LARGEST_BLOCK + 8, u8), np.empty(STRIP, f32)

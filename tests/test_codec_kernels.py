@@ -488,7 +488,7 @@ def test_offsets_past_2_to_the_31():
     assert np.array_equal(packed[last * n :], codes[0])
     assert np.array_equal(scales[last * 64 :], expected_scales[0])
     source[last * n :] = 0
-    parts, runs, scratch = (*outputs, values.numpy()), n // cpu_decode.RUN, cpu_decode.row_scratch()
+    parts, runs, scratch = (*outputs, values.numpy(), cpu_codec.NO_PAIRS), n // cpu_decode.RUN, cpu_decode.row_scratch()
     target = False, outputs[3], source
     cpu_decode.dequantize_rows(parts, outputs[3], 0, (8, 64, False, n), target, last * runs, rows * runs, scratch)
     decoded = reference.dequantize_blockwise(codes, expected_scales, maxima, values, 8, 64, n, torch.bfloat16)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Bytes for each thread of a CPU: what stays in its caches is worked on several times faster.
-CACHE = 16 * 2**20
+CACHE = 32 * 2**20
 
 
 class Workspace:
