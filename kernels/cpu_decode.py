@@ -5,55 +5,15 @@ from typing import Any
 import numpy as np
 from numpy import float32 as f32
 from numpy import uint8 as u8
-from numpy import uint32 as u32
 from numpy import uint64 as u64
 
 from lowbit_optim.kernels.cpu import NO_BITS, Array, Scratch, inline, kernel, narrow
+from lowbit_optim.kernels.cpu_bits import unpack
 from lowbit_optim.kernels.cpu_encode import LARGEST_BLOCK, SQUARE
 from lowbit_optim.kernels.reference import SCALE_GROUP
 
 RUN = 1024  # numbers of a row that are decoded at a time
 STRIP = 64  # rows of a matrix that are decoded before their other triangle is written
-
-
-@inline
-def _unpack(packed: Array, bits: int, codes: Array) -> None:
-    """Packed codes of 2, 3 or 6 bits, one a byte; whole words are written.
-
-    Codes that lie side by side are drawn apart by halves, in wide numbers.
-    """
-    size = len(packed)
-    if bits == 2:
-        fours = codes.view(u32)
-        for i in range(size):
-            x = u32(packed[i])
-            x = u32(u32(x | u32(x << u32(12))) & u32(0x000F000F))
-            fours[i] = u32(u32(x | u32(x << u32(6))) & u32(0x03030303))
-    else:  # from words of 3 bytes
-        words = size // 3
-        for word in range(words):
-            x = u32(0)
-            for j in range(3):
-                x = u32(x | u32(u32(packed[3 * word + j]) << u32(8 * j)))
-            _draw_apart(x, bits, codes, word)
-        if 3 * words < size:
-            x = u32(0)
-            for j in range(size - 3 * words):
-                x = u32(x | u32(u32(packed[3 * words + j]) << u32(8 * j)))
-            _draw_apart(x, bits, codes, words)
-
-
-@inline
-def _draw_apart(x: u32, bits: int, codes: Array, word: int) -> None:
-    """The lowest 24 bits to eight codes of 3 bits or four of 6."""
-    if bits == 3:
-        y = u64(x)
-        y = (y | y << u64(20)) & u64(0x00000FFF00000FFF)
-        y = (y | y << u64(10)) & u64(0x003F003F003F003F)
-        codes.view(u64)[word] = (y | y << u64(5)) & u64(0x0707070707070707)
-    else:
-        x = u32(u32(x & u32(0x0FFF)) | u32(u32(x & u32(0xFFF000)) << u32(4)))
-        codes.view(u32)[word] = u32(u32(x & u32(0x003F003F)) | u32(u32(x & u32(0x0FC00FC0)) << u32(2)))
 
 
 @inline
@@ -89,7 +49,7 @@ def _decode(parts: Any, how: Any, row: int, start: int, stop: int, codes: Array,
             for i in range(count):
                 numbers[i] = numbers[i] * scale
         else:
-            _unpack(here, bits, codes)
+            unpack(here, bits, codes)
             for i in range(count):
                 numbers[i] = values[codes[i]] * scale
         at = end

@@ -16,11 +16,10 @@ import numpy as np
 from numpy import float32 as f32
 from numpy import int32 as i32
 from numpy import uint8 as u8
-from numpy import uint16 as u16
 from numpy import uint32 as u32
-from numpy import uint64 as u64
 
 from lowbit_optim.kernels.cpu import Array, Scratch, inline, kernel, widen
+from lowbit_optim.kernels.cpu_bits import pack
 from lowbit_optim.kernels.reference import FIT_CANDIDATES, SCALE_GROUP
 
 LARGEST_BLOCK = RUN = 4096  # numbers; a run of whole blocks is coded at a time
@@ -101,52 +100,6 @@ def limits_of(values: bytes, boundaries: bytes) -> tuple[Array, Array]:
 
 
 # ---- a run of blocks -------------------------------------------------------------------------------------------------
-
-
-@inline
-def _pack(codes: Array, bits: int, packed: Array) -> None:
-    """Codes, one a byte and zeros behind the last, to as many bytes as there are in ``packed``.
-
-    Codes that lie side by side in a wide number are drawn together by twos.
-    """
-    size = len(packed)
-    if bits == 8:
-        for i in range(size):
-            packed[i] = codes[i]
-    elif bits == 4:
-        pairs = codes.view(u16)
-        for i in range(size):
-            x = u32(pairs[i])
-            packed[i] = u8(u32(x | u32(x >> u32(4))))
-    elif bits == 2:
-        fours = codes.view(u32)
-        for i in range(size):
-            x = u32(fours[i])
-            x = u32(x | u32(x >> u32(6)))
-            packed[i] = u8(u32(x | u32(x >> u32(12))))
-    else:  # to words of 3 bytes
-        words = size // 3
-        for word in range(words):
-            x = _drawn_together(codes, bits, word)
-            for j in range(3):
-                packed[3 * word + j] = u8(x >> u32(8 * j))
-        if 3 * words < size:
-            x = _drawn_together(codes, bits, words)
-            for j in range(size - 3 * words):
-                packed[3 * words + j] = u8(x >> u32(8 * j))
-
-
-@inline
-def _drawn_together(codes: Array, bits: int, word: int) -> u32:
-    """Eight codes of 3 bits or four of 6, in the lowest 24 bits."""
-    if bits == 3:
-        y = codes.view(u64)[word]
-        y = (y | y >> u64(5)) & u64(0x003F003F003F003F)
-        y = (y | y >> u64(10)) & u64(0x00000FFF00000FFF)
-        return u32(y | y >> u64(20))
-    x = u32(codes.view(u32)[word])
-    x = u32(u32(x & u32(0x003F003F)) | u32(u32(x >> u32(2)) & u32(0x0FC00FC0)))
-    return u32(u32(x & u32(0x0FFF)) | u32(u32(x >> u32(4)) & u32(0xFFF000)))
 
 
 @inline
@@ -360,7 +313,7 @@ def _encode(
     _nearest(quotients, count, bits, tables, scratch)
     for i in range(count, count + 8):
         codes[i] = u8(0)
-    _pack(codes, bits, packed)
+    pack(codes, bits, packed)
 
 
 @kernel
