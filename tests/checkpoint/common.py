@@ -144,7 +144,7 @@ def train(model, optimizer, scheduler, steps):
 
 
 def save(path, objects, **extras):
-    save_checkpoint(path, model=objects[0], optimizer=objects[1], scheduler=objects[2], **extras)
+    return save_checkpoint(path, model=objects[0], optimizer=objects[1], scheduler=objects[2], **extras)
 
 
 def load(path, objects):

@@ -64,6 +64,20 @@ def test_every_kind_of_tensor(tmp_path):
         assert tensor.data_ptr() % tensor.element_size() == 0
 
 
+def test_conjugated_and_negated_views(tmp_path):
+    numbers = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    model = nn.Module()
+    model.register_buffer("conjugate", numbers.conj())
+    model.register_buffer("negative", numbers.conj().imag)
+    assert model.conjugate.is_conj()
+    assert model.negative.is_neg()
+    save_checkpoint(tmp_path, model=model)
+    (file,) = tmp_path.glob("model-*.safetensors")
+    stored = load_file(file)
+    assert stored["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert stored["negative"].tolist() == [-2, 4]
+
+
 def test_modules_see_the_version_of_their_state(tmp_path):
     versions = []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint
-from tests.checkpoint.common import build, load, picture, same, train
+from tests.checkpoint.common import build, load, picture, same, save, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +119,18 @@ def test_next_save_and_load_wait(tmp_path, gate):
     threading.Timer(0.2, gate.open.set).start()
     save_checkpoint(tmp_path / "a" / ".." / "a", step=2, background=True)
     assert load_checkpoint(tmp_path / "a")["step"] == 2
+
+
+def test_many_in_the_background(tmp_path):
+    objects, live = build(0), build(1)
+    for step in range(5):
+        train(*objects, 1)
+        saving = save(tmp_path, objects, step=step, keep=2, background=True)
+        before = picture(*objects)
+    saving.wait()
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-3", "step-4"]
+    assert load(tmp_path, live)["step"] == 4
+    assert same(picture(*live), before)
 
 
 def test_errors_of_the_arguments_come_at_once(tmp_path):
