@@ -1,41 +1,51 @@
 """Checkpoints: a folder that is either the old checkpoint or the new one, and loads completely or not at all.
 
-    checkpoint.json                 format and library version; name, size, sha256 of each other file; its own sha256
+    checkpoint.json                 format and library version; of every other file name, size and checksums
     model-<token>.safetensors       parameters and buffers, tied ones once
     optimizer-<token>.safetensors   state tensors as "<parameter>/<state key>"; codecs and codebooks in the header
     trainer-<token>.json            step, extras, scheduler, random states, param groups, which tensor goes where
 
 Every save writes files of fresh names, and replacing checkpoint.json is the commit. Plain JSON turns integer keys into
 strings and tuples into lists (after which MultiStepLR never decays again), so what JSON lacks is tagged: `{"$tuple":
-[1, 2]}`. Nothing is pickled, so nothing is executed by loading.
+[1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is specified in docs/checkpoints.md.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowbit_optim.checkpoint.files import FORMAT_VERSION, CheckpointError, commit, library_version, read
+from lowbit_optim.checkpoint.background import Saving, in_background, last_in
+from lowbit_optim.checkpoint.fitting import fit_model, fit_optimizer
 from lowbit_optim.checkpoint.live import (
     class_name,
+    load_optimizer,
     match_model,
     match_optimizer,
     model_undo,
     optimizer_undo,
     parameter_names,
+    parameter_shapes,
     random_state,
     scheduler_undo,
     section_of,
     set_random_state,
 )
-from lowbit_optim.checkpoint.tensors import Pool, codec_metadata
+from lowbit_optim.checkpoint.manifest import FORMAT_VERSION, CheckpointError, has_manifest, library_version
+from lowbit_optim.checkpoint.rotation import read_newest, rotate
+from lowbit_optim.checkpoint.tensors import Part, Pool, codec_metadata, codecs_of, snapshot
 from lowbit_optim.checkpoint.values import encode
+from lowbit_optim.checkpoint.writing import commit
+from lowbit_optim.planning import PlanError, parse_bytes
 
-__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "Saving", "load_checkpoint", "save_checkpoint"]
+
+_RESERVED = "report"  # what `load_checkpoint(strict=False)` returns beside the extras
 
 
 def save_checkpoint(
@@ -45,12 +55,16 @@ def save_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     step: int | None = None,
+    keep: int | None = None,
+    max_file_size: int | str = "5GB",
+    background: bool = False,
     **extras: Any,
-) -> None:
+) -> Saving:
     """Write a checkpoint into the folder `path`, replacing the one that is there.
 
     Whatever interrupts it, the folder holds the earlier checkpoint or this one, whole. Python's, numpy's and torch's
     random states (CPU, and CUDA once in use) are saved too. Files in the folder that are not a checkpoint's stay.
+    On the host it takes room for the largest tensor that is not there already (on another device, or not contiguous).
 
     Args:
         path: the folder; created with its parents if missing.
@@ -60,25 +74,85 @@ def save_checkpoint(
             `state_codecs() -> {index: {key prefix: {"codebook": ..., "bits": ..., ...}}}` is written to the header.
         scheduler: any with `state_dict()` and `load_state_dict()`.
         step: comes back from `load_checkpoint` as "step"; default None.
-        **extras: come back too: None, bool, int, float, str, bytes, list, tuple, dict, OrderedDict, Counter,
-            torch tensors, numpy arrays and scalars, nested as you like.
+        keep: write into `path`/step-<step>, which `path`/latest then names, and remove all but the last `keep` of
+            these folders; `load_checkpoint(path)` takes the latest. Default None: into `path` itself.
+        max_file_size: of the tensors in one file, in bytes or as "5GB" (10^9), "5GiB" (2^30); what outgrows it becomes
+            several files. A single tensor may be larger. Default "5GB".
+        background: copy everything to the host, return, and write in a thread. It takes room on the host for all that
+            is saved. The next save into the same folder first waits for this one. Default False.
+        **extras: come back too, under any name but "report": None, bool, int, float, str, bytes, list, tuple, dict,
+            OrderedDict, Counter, torch tensors, numpy arrays and scalars, nested as you like.
+
+    Returns:
+        A `Saving`: `wait()` returns when all is written, and raises what the writing raised; `done()` tells without
+        waiting. Without `background` it is done. What nobody waited for, the next save into the folder raises.
 
     Raises:
         TypeError: a value that cannot be stored exactly, named by where it is; nothing has been written.
-        ValueError: the optimizer has a parameter that is not the model's; nothing has been written.
+        ValueError: the optimizer has a parameter that is not the model's, or an argument is none of the above; nothing
+            has been written.
+        BlockingIOError: another process or thread is saving into the folder; nothing has been written.
         OSError: writing failed; the earlier checkpoint is intact.
     """
+    folder = Path(path)
+    largest = _bytes(max_file_size)
+    _check_arguments(folder, step, keep, extras)
+    last_in(folder).wait()
+    contents = _contents(model, optimizer, scheduler, largest, {"step": step, "extras": extras})
+    if background:
+        contents = {kind: snapshot(parts) for kind, parts in contents.items()}
+    if keep is None:
+        write = partial(commit, folder, contents)
+    else:
+        assert step is not None
+        write = partial(rotate, folder, step, keep, contents)
+    if background:
+        return in_background(folder, write)
+    write()
+    return Saving()
+
+
+def _bytes(size: int | str) -> int:
+    try:
+        count = parse_bytes(size) if isinstance(size, str) else size
+    except PlanError as error:
+        raise ValueError(f"max_file_size: {error}") from error
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"max_file_size is {size!r}; it must be a positive number of bytes, or text like 5GB")
+    return count
+
+
+def _check_arguments(folder: Path, step: int | None, keep: int | None, extras: dict[str, Any]) -> None:
+    if _RESERVED in extras:
+        raise ValueError(f"{_RESERVED!r} is what load_checkpoint(strict=False) reports: give the extra another name")
+    if keep is None:
+        return
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep is {keep!r}; it must be a positive integer, the number of checkpoints in the folder")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r}; with keep it names the folder, so it must be an integer of at least 0")
+    if has_manifest(folder):
+        raise ValueError(
+            f"{folder} is a checkpoint itself, which load_checkpoint({str(folder)!r}) would go on taking: "
+            "with keep, give a folder without one"
+        )
+
+
+def _contents(
+    model: torch.nn.Module | None, optimizer: Any, scheduler: Any, largest: int, trainer: dict[str, Any]
+) -> dict[str, list[Part]]:
+    """The files of each kind."""
     library = {"format": "pt", "format_version": str(FORMAT_VERSION), "library_version": library_version()}
-    contents: dict[str, Iterable[bytes | memoryview]] = {}
-    trainer: dict[str, Any] = {"model": None, "optimizer": None, "scheduler": None}
+    contents: dict[str, list[Part]] = {}
+    sections: dict[str, Any] = {"model": None, "optimizer": None, "scheduler": None}
     if model is not None:
         tensors = Pool("model")
         state = model.state_dict()
-        trainer["model"] = {
+        sections["model"] = {
             "state_dict": {name: tensors.put(name, value) for name, value in state.items()},
             "versions": getattr(state, "_metadata", None),  # of the modules' state, which load_state_dict looks at
         }
-        contents["model"] = tensors.chunks(library)
+        contents["model"] = tensors.parts(largest, lambda _: library)
     if optimizer is not None:
         tensors = Pool("optimizer")
         state_dict = optimizer.state_dict()
@@ -87,18 +161,19 @@ def save_checkpoint(
             index: {key: tensors.put(f"{names.get(index, index)}/{key}", value) for key, value in entry.items()}
             for index, entry in state_dict["state"].items()
         }
-        trainer["optimizer"] = {
+        sections["optimizer"] = {
             "class": class_name(optimizer),
             "names": None if model is None else list(names.values()),
+            "shapes": parameter_shapes(optimizer),
             "state_dict": state_dict | {"state": stored},
         }
-        contents["optimizer"] = tensors.chunks(library | codec_metadata(optimizer, names))
+        codecs = codecs_of(optimizer, names)
+        contents["optimizer"] = tensors.parts(largest, lambda part: library | codec_metadata(codecs, part))
     if scheduler is not None:
-        trainer["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
-    trainer |= {"step": step, "extras": extras, "random": random_state()}
-    encoded = {key: encode(value, key) for key, value in trainer.items()}
-    contents["trainer"] = [json.dumps(encoded, allow_nan=False).encode()]
-    commit(Path(path), contents)
+        sections["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
+    encoded = {key: encode(value, key) for key, value in (sections | trainer | {"random": random_state()}).items()}
+    contents["trainer"] = [Part(json.dumps(encoded, allow_nan=False).encode(), {})]
+    return contents
 
 
 def load_checkpoint(
@@ -107,49 +182,79 @@ def load_checkpoint(
     model: torch.nn.Module | None = None,
     optimizer: Any = None,
     scheduler: Any = None,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Load what was saved in the folder `path` into the objects given, and restore the random states.
 
-    Every file is read and checked against its sha256, and every tensor against the live objects, before the first of
-    these is touched. Names, shapes and dtypes must be those that were saved; devices may differ. A part that was saved
-    may be left out here, but its files must be intact.
+    Every file is read and checked against its checksums, and every tensor against the live objects, before the first
+    of these is touched. Names, shapes and dtypes must be those that were saved; devices may differ. A part that was
+    saved may be left out here, but its files must be intact. So that it can be undone, loading takes room for a copy
+    of the model on the host, and for the new state of the optimizer beside the old one.
 
     Args:
-        path: the folder.
+        path: the folder; with checkpoints of `save_checkpoint(keep=...)`, the latest of them is loaded.
         model: loaded in place.
         optimizer: of the class that was saved, with the same groups of parameters; it may have taken steps or not.
             Its `check_state_dict(state_dict)`, if it has one, is asked first and refuses with a ValueError. Otherwise
             saved state must have the keys, shapes and dtypes of live state, where there is live state.
         scheduler: of the class that was saved.
+        strict: False loads of the model the tensors that fit by name, shape and dtype, and of the optimizer the state
+            of the parameters that fit by name and shape, where the optimizer takes it, and the settings of param groups
+            of the same parameters. All else of the two stays as it is. The scheduler is loaded as ever. Default True.
 
     Returns:
-        `{"step": step, **extras}` as saved; torch tensors come back on the CPU.
+        `{"step": step, **extras}` as saved; torch tensors come back on the CPU. With strict=False also "report": for
+        "model" and "optimizer", where given, the names of tensors or parameters as {"matched": [...], "missing":
+        [...] (live, but not saved), "unexpected": [...] (the other way round), "mismatched": {name: reason}}.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, of a newer format, or of other objects; or an object
             refused its state. All the objects and random states are as they were.
         ValueError: the optimizer has a parameter that is not the model's; nothing has been touched.
     """
-    checkpoint = read(Path(path))
-    loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Any]] = []
+    folder = Path(path)
+    last_in(folder).join()
+    checkpoint = read_newest(folder)
+    # What is live, how to put it back, how to load it.
+    loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]] = []
+    report: dict[str, Any] = {}
     if model is not None:
-        loads.append((model, model_undo, match_model(checkpoint, model)))
+        if strict:
+            state = match_model(checkpoint, model)
+        else:
+            state, report["model"] = fit_model(checkpoint, model)
+        loads.append((model, model_undo, partial(model.load_state_dict, state)))
     if optimizer is not None:
-        loads.append((optimizer, optimizer_undo, match_optimizer(checkpoint, optimizer, model)))
+        if strict:
+            state = match_optimizer(checkpoint, optimizer, model)
+        else:
+            state, report["optimizer"] = fit_optimizer(checkpoint, optimizer, model)
+        load = partial(load_optimizer, optimizer, state, checkpoint.tensors["optimizer"])
+        loads.append((optimizer, optimizer_undo, load))
     if scheduler is not None:
-        loads.append((scheduler, scheduler_undo, section_of(checkpoint, "scheduler", scheduler)[1]["state_dict"]))
-    trainer = checkpoint.trainer
+        state = section_of(checkpoint, "scheduler", scheduler)[1]["state_dict"]
+        loads.append((scheduler, scheduler_undo, partial(scheduler.load_state_dict, state)))
+    _load(folder, loads, checkpoint.trainer["random"])
+    reported = {} if strict else {_RESERVED: report}
+    return {"step": checkpoint.trainer["step"], **checkpoint.trainer["extras"], **reported}
+
+
+def _load(
+    folder: Path,
+    loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]],
+    random: dict[str, Any],
+) -> None:
+    """Load all of them, the last first, and the random states; or none."""
     with contextlib.ExitStack() as undo:
         try:
             undo.callback(set_random_state, random_state())
-            for live, prepare_undo, state in reversed(loads):
+            for live, prepare_undo, load in reversed(loads):
                 undo.callback(prepare_undo(live))
-                live.load_state_dict(state)
-            set_random_state(trainer["random"])
+                load()
+            set_random_state(random)
         except Exception as error:
             raise CheckpointError(
-                f"{path}: the files are intact, but loading them raised {type(error).__name__}: {error}; "
+                f"{folder}: the files are intact, but loading them raised {type(error).__name__}: {error}; "
                 "everything was put back as it was"
             ) from error
         undo.pop_all()
-    return {"step": trainer["step"], **trainer["extras"]}

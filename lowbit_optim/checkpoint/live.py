@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowbit_optim.checkpoint.files import Checkpoint, CheckpointError
-from lowbit_optim.checkpoint.tensors import Stored, memory_key, raw_bytes
+from lowbit_optim.checkpoint.manifest import CheckpointError
+from lowbit_optim.checkpoint.reading import Checkpoint
+from lowbit_optim.checkpoint.tensors import Stored, host_copy, memory_key, prefixes_of, raw_bytes
+
+# Of the dtypes that factors and scales are kept in, those that have NaN.
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def class_name(thing: Any) -> str:
@@ -38,6 +42,10 @@ def parameter_names(optimizer: Any, state_dict: dict[str, Any], model: torch.nn.
     return {index: known[id(parameter)] for index, parameter in pairs}
 
 
+def parameter_shapes(optimizer: Any) -> list[list[int]]:
+    return [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def section_of(checkpoint: Checkpoint, kind: str, live: Any) -> tuple[str, dict[str, Any]]:
     """The file to name in messages, and this part of trainer.json."""
     section: dict[str, Any] | None = checkpoint.trainer[kind]
@@ -61,7 +69,7 @@ def _refuse(file: str, kind: str, problems: list[str]) -> None:
         )
 
 
-def _differences(saved: dict[str, Any], live: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(saved: dict[str, Any], live: dict[str, Any], prefix: str = "") -> list[str]:
     """What keeps the tensors of `saved` from becoming those of `live`."""
     problems = [f"tensor '{prefix}{key}' is missing" for key in live if key not in saved]
     problems += [f"tensor '{prefix}{key}' is there, but has no place" for key in saved if key not in live]
@@ -76,7 +84,7 @@ def _differences(saved: dict[str, Any], live: dict[str, Any], prefix: str = "") 
     return problems
 
 
-def _resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
+def resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
     """Put the tensors of the file where trainer.json says."""
     names = [value.name for value in entries.values() if type(value) is Stored]
     _refuse(file, "checkpoint", [f"tensor {name!r} is missing" for name in names if name not in tensors])
@@ -86,8 +94,8 @@ def _resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor
 def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
     file, section = section_of(checkpoint, "model", model)
     stored, live = section["state_dict"], model.state_dict()
-    saved = OrderedDict(_resolve(file, stored, checkpoint.tensors["model"]))
-    problems = _differences(saved, live)
+    saved = OrderedDict(resolve(file, stored, checkpoint.tensors["model"]))
+    problems = differences(saved, live)
     tied: dict[Any, str] = {}
     for name, value in live.items():
         if not isinstance(value, torch.Tensor):
@@ -106,7 +114,7 @@ def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any
 
 def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None) -> dict[str, Any]:
     file, section = section_of(checkpoint, "optimizer", optimizer)
-    saved, live, tensors = section["state_dict"], optimizer.state_dict(), checkpoint.tensors["optimizer"]
+    saved, live = section["state_dict"], optimizer.state_dict()
     sizes, live_sizes = ([len(group["params"]) for group in d["param_groups"]] for d in (saved, live))
     if sizes != live_sizes:
         _refuse(file, "optimizer", [f"has groups of {sizes} parameters, the live optimizer has {live_sizes}"])
@@ -115,24 +123,66 @@ def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Modu
         pairs = enumerate(zip(section["names"], names.values(), strict=True))
         changed = [f"parameter {i} is {old!r}, in the live optimizer {new!r}" for i, (old, new) in pairs if old != new]
         _refuse(file, "optimizer", changed)
-
-    state = {index: _resolve(file, entry, tensors) for index, entry in saved["state"].items()}
+    if section["shapes"] is not None:
+        triples = zip(names.values(), section["shapes"], parameter_shapes(optimizer), strict=True)
+        changed = [f"parameter {name!r} is {old}, the live one {new}" for name, old, new in triples if old != new]
+        _refuse(file, "optimizer", changed)
+    state = {index: saved_entry(checkpoint, index) for index in saved["state"]}
+    whole = {**saved, "state": state}
+    if not_finite := [problem for index in state for problem in not_finite_in(checkpoint, index)]:
+        raise CheckpointError(f"{file}: {not_finite[0]}; the state was damaged before it was saved: use an earlier one")
     if hasattr(optimizer, "check_state_dict"):
-        try:
-            optimizer.check_state_dict(saved | {"state": state})
-        except ValueError as error:
-            raise CheckpointError(f"{file}: {error}") from error
+        if problem := refusal(optimizer, whole):
+            raise CheckpointError(f"{file}: {problem}")
     else:  # before its first step an optimizer has no state, and nothing to compare with
         problems = []
         for index, entry in state.items():
             if entry and live["state"].get(index):
-                problems += _differences(entry, live["state"][index], f"{names.get(index, index)}/")
+                problems += differences(entry, live["state"][index], f"{names.get(index, index)}/")
         _refuse(file, "optimizer", problems)
+    return whole
 
-    # load_state_dict may keep the tensors that it is given, so these must not be pages of a file: copy each once.
-    owned = {name: tensor.clone() for name, tensor in tensors.items()}
-    state = {index: _resolve(file, entry, owned) for index, entry in saved["state"].items()}
-    return {**saved, "state": state}
+
+def saved_entry(checkpoint: Checkpoint, index: Any) -> dict[str, Any]:
+    """The state of a parameter, by its index when saved."""
+    entry = checkpoint.trainer["optimizer"]["state_dict"]["state"].get(index, {})
+    return resolve(checkpoint.files["optimizer"], entry, checkpoint.tensors["optimizer"])
+
+
+def not_finite_in(checkpoint: Checkpoint, index: Any) -> list[str]:
+    """What is wrong with the numbers (scales, diagonals, ...) of a parameter's factors and coded moments."""
+    entry = checkpoint.trainer["optimizer"]["state_dict"]["state"].get(index, {})
+    names = {value.name for value in entry.values() if type(value) is Stored}
+    coded = [name for name in names if not checkpoint.codecs.keys().isdisjoint(prefixes_of(name))]
+    tensors = [(name, checkpoint.tensors["optimizer"][name]) for name in sorted(coded)]
+    return [
+        f"tensor {name!r} holds NaN or infinity, which no optimizer keeps there"
+        for name, tensor in tensors
+        if tensor.dtype in _NUMBERS and not tensor.isfinite().all()
+    ]
+
+
+def refusal(optimizer: Any, state_dict: dict[str, Any]) -> str | None:
+    """Why the optimizer's ``check_state_dict`` does not take a state dict; None if it does."""
+    try:
+        optimizer.check_state_dict(state_dict)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # all but the first: not looked for
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return None
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Load state, of which nothing may stay in mapped files: tensors that the optimizer kept are copied."""
+    optimizer.load_state_dict(state)
+    mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    copies: dict[Any, torch.Tensor] = {}  # one of tied tensors
+    for entry in optimizer.state.values():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in mapped:
+                copy_key = memory_key(value) or (id(entry), key)
+                if copy_key not in copies:
+                    copies[copy_key] = value.clone()
+                entry[key] = copies[copy_key]
 
 
 def random_state() -> dict[str, Any]:
@@ -183,7 +233,7 @@ def optimizer_undo(optimizer: Any) -> Callable[[], None]:
 def model_undo(model: torch.nn.Module) -> Callable[[], None]:
     # The new tensors are mapped from the file, so this copy on the host is the only one.
     live = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    kept = {name: raw_bytes(tensor).clone() for name, tensor in live.items()}
+    kept = {name: raw_bytes(host_copy(tensor)) for name, tensor in live.items()}
 
     @torch.no_grad()
     def undo() -> None:

@@ -1,7 +1,7 @@
-"""The tensors of one safetensors file: written one at a time, tied ones once, codecs of low-bit state in the header."""
+"""The tensors of a checkpoint's safetensors files: tied ones once, in files of at most some size."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ DTYPES = {
 }
 # fmt: on
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"  # in a safetensors header, beside the tensors
 
 
 def storable(tensor: torch.Tensor) -> bool:
@@ -26,9 +27,17 @@ def storable(tensor: torch.Tensor) -> bool:
     return plain and not tensor.is_meta and tensor.dtype in DTYPE_NAMES
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in row-major order on the CPU, in one copy whatever the tensor is."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in row-major order as a 1-D uint8 tensor on the CPU, sharing memory when it can."""
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+    tensor = tensor.detach()
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        tensor = host_copy(tensor)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def raw_view(tensor: torch.Tensor) -> memoryview:
@@ -48,8 +57,15 @@ class Stored(NamedTuple):
     name: str
 
 
+class Part(NamedTuple):
+    """The content of one file: bytes, and then tensors."""
+
+    head: bytes
+    tensors: dict[str, torch.Tensor]
+
+
 class Pool:
-    """The tensors of one file: tied ones once, under the name that came first."""
+    """The tensors of one kind of file: tied ones once, under the name that came first."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -68,41 +84,75 @@ class Pool:
         key = memory_key(value)
         first = name if key is None else self.names.setdefault(key, name)
         if first == name:
-            if name in self.tensors:
-                raise ValueError(f"two {self.kind} tensors would be stored as {name!r}; rename the parameter")
+            if name in self.tensors or name == METADATA:
+                raise ValueError(f"the name {name!r} of a {self.kind} tensor is taken; rename the parameter")
             self.tensors[name] = value
         return Stored(first)
 
-    def chunks(self, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-        """The safetensors file, one tensor at a time: length of the header, the header (JSON), the data."""
-        # Wide elements first, so that every tensor is aligned to its own element size.
-        ordered = sorted(self.tensors.items(), key=lambda item: -item[1].element_size())
-        header: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, tensor in ordered:
-            start, end = end, end + tensor.numel() * tensor.element_size()
-            dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        yield len(text).to_bytes(8, "little") + text
-        for _, tensor in ordered:
-            yield raw_view(tensor)
+    def parts(self, largest: int, metadata: Callable[[Collection[str]], dict[str, str]]) -> list[Part]:
+        """The safetensors files, at least one, in order; a new one begins where tensors outgrow ``largest`` bytes.
+
+        Args:
+            metadata: for the header of a file with tensors of these names.
+        """
+        files: list[dict[str, torch.Tensor]] = [{}]
+        size = 0
+        for name, tensor in self.tensors.items():
+            size += tensor.nbytes
+            if size > largest and files[-1]:
+                files.append({})
+                size = tensor.nbytes
+            files[-1][name] = tensor
+        return [_part(tensors, metadata(tensors)) for tensors in files]
 
 
-def codec_metadata(optimizer: Any, names: dict[int, str]) -> dict[str, str]:
-    """What a reader without this library needs to decode the state: the codec of each prefix, and the tables."""
+def _part(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Part:
+    # Wide elements first, so that every tensor is aligned to its own element size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    header: dict[str, Any] = {METADATA: metadata}
+    end = 0
+    for name, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return Part(len(text).to_bytes(8, "little") + text, ordered)
+
+
+def snapshot(parts: list[Part]) -> list[Part]:
+    """The same with copies on the host, which training does not change."""
+    return [Part(head, {name: host_copy(tensor) for name, tensor in tensors.items()}) for head, tensors in parts]
+
+
+def codecs_of(optimizer: Any, names: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """The codec of every prefix of tensors of an optimizer's state; of its coded ones at least."""
     if not hasattr(optimizer, "state_codecs"):
         return {}
-    codecs = {
+    return {
         f"{names[index]}/{prefix}": codec
         for index, prefixes in optimizer.state_codecs().items()
         for prefix, codec in prefixes.items()
     }
+
+
+def codec_metadata(codecs: dict[str, dict[str, Any]], tensors: Collection[str]) -> dict[str, str]:
+    """What a reader without this library needs to decode these tensors: their prefixes' codecs, and the tables."""
+    if not codecs:
+        return {}
+    prefixes = {prefix for name in tensors for prefix in prefixes_of(name)}
+    used = {prefix: codec for prefix, codec in codecs.items() if prefix in prefixes}
     tables: dict[str, dict[str, list[float]]] = {}
-    for name, bits in {used for codec in codecs.values() for used in _codebooks(codec)}:
+    for name, bits in sorted({table for codec in used.values() for table in _codebooks(codec)}):
         tables.setdefault(name, {})[str(bits)] = code_table(name, bits) or codebook(name, bits).tolist()
-    return {"codecs": json.dumps(codecs), "codebooks": json.dumps(tables)}
+    return {"codecs": json.dumps(used), "codebooks": json.dumps(tables)}
+
+
+def prefixes_of(name: str) -> Iterator[str]:
+    """ "w/left.root.codes" to "w/left.root", "w/left"."""
+    parameter, _, key = name.rpartition("/")
+    while key := key.rpartition(".")[0]:
+        yield f"{parameter}/{key}"
 
 
 def _codebooks(codec: dict[str, Any]) -> Iterator[tuple[str, int]]:

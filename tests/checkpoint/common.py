@@ -144,16 +144,58 @@ def train(model, optimizer, scheduler, steps):
 
 
 def save(path, objects, **extras):
-    save_checkpoint(path, model=objects[0], optimizer=objects[1], scheduler=objects[2], **extras)
+    return save_checkpoint(path, model=objects[0], optimizer=objects[1], scheduler=objects[2], **extras)
 
 
 def load(path, objects):
     return load_checkpoint(path, model=objects[0], optimizer=objects[1], scheduler=objects[2])
 
 
-def own_sha256(manifest):
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def kinds(folder):
+    """Kind of file -> file, of a checkpoint that has one of each."""
+    return {file.name.partition("-")[0]: file for file in folder.iterdir()}
+
+
+def sealed(manifest):
+    """checkpoint.json with the sha256 of itself, as docs/checkpoints.md says."""
+    body = json.dumps({key: value for key, value in manifest.items() if key != "sha256"}, indent=1).encode()[:-2]
+    return body + b',\n "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
+
+
+def rewrite(folder, change):
+    """Change checkpoint.json with a correct sha256, as another program could."""
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    change(manifest)
+    (folder / "checkpoint.json").write_bytes(sealed(manifest))
+
+
+def craft(folder, kind, change, *, tensors=True):
+    """Change a safetensors file with correct sizes and checksums.
+
+    Args:
+        change: given the header and the data, it changes them in place; it may return the header's bytes instead.
+        tensors: False leaves checkpoint.json with the tensors, and their checksums, that it has.
+    """
+    file = kinds(folder)[kind]
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:start]), bytearray(content[start:])
+    head = change(header, data)
+    if head is None:
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        head = len(text).to_bytes(8, "little") + text
+    file.write_bytes(head + data)
+
+    def index(manifest):
+        (entry,) = manifest["files"][kind]
+        entry["size"] = len(head) + len(data)
+        entry["sha256"] = hashlib.sha256(head).hexdigest()
+        if tensors:
+            places = {name: said["data_offsets"] for name, said in header.items() if name != "__metadata__"}
+            entry["tensors"] = {name: hashlib.sha256(data[slice(*place)]).hexdigest() for name, place in places.items()}
+
+    rewrite(folder, index)
 
 
 def refused(folder, objects, match):

@@ -1,4 +1,4 @@
-"""A good checkpoint, and live objects that a bad one must not change."""
+"""A good checkpoint, live objects that a bad one must not change, and what was counted."""
 
 import pytest
 
@@ -18,3 +18,11 @@ def live():
     objects = build(1, width=4)
     train(*objects, 3)
     return objects
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests gave to `record_property`, also with -q and from other processes."""
+    reports = [r for r in terminalreporter.stats.get("passed", []) if "tests/checkpoint/" in r.nodeid]
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        for what, value in getattr(report, "user_properties", ()):
+            terminalreporter.write_line(f"{report.nodeid.partition('checkpoint/')[2]}: {what}: {value}")

@@ -18,7 +18,7 @@ from torch import nn
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.checkpoint.values import decode, encode
 from lowbit_optim.storage.codebooks import codebook
-from tests.checkpoint.common import CodesOptimizer, Net, adamw, build, own_sha256, picture, same, save, shampoo, train
+from tests.checkpoint.common import CodesOptimizer, Net, adamw, build, picture, same, save, sealed, shampoo, train
 
 
 class Zoo(nn.Module):
@@ -62,6 +62,20 @@ def test_every_kind_of_tensor(tmp_path):
     for name, tensor in stored.items():
         assert same(tensor, state[name])
         assert tensor.data_ptr() % tensor.element_size() == 0
+
+
+def test_conjugated_and_negated_views(tmp_path):
+    numbers = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64)
+    model = nn.Module()
+    model.register_buffer("conjugate", numbers.conj())
+    model.register_buffer("negative", numbers.conj().imag)
+    assert model.conjugate.is_conj()
+    assert model.negative.is_neg()
+    save_checkpoint(tmp_path, model=model)
+    (file,) = tmp_path.glob("model-*.safetensors")
+    stored = load_file(file)
+    assert stored["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert stored["negative"].tolist() == [-2, 4]
 
 
 def test_modules_see_the_version_of_their_state(tmp_path):
@@ -130,15 +144,25 @@ def test_header_decodes_shampoo(tmp_path):
 
 
 def test_format_of_checkpoint_json(tmp_path):
-    save(tmp_path, build(0))
-    manifest = json.loads((tmp_path / "checkpoint.json").read_text())
+    objects = build(0)
+    train(*objects, 1)
+    save(tmp_path, objects)
+    content = (tmp_path / "checkpoint.json").read_bytes()
+    manifest = json.loads(content)
     assert manifest["format_version"] == 1
     assert manifest["files"].keys() == {"model", "optimizer", "trainer"}
-    for (entry,) in manifest["files"].values():
-        content = (tmp_path / entry["name"]).read_bytes()
-        assert entry["size"] == len(content)
-        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
-    assert manifest["sha256"] == own_sha256(manifest)
+    for kind, (entry,) in manifest["files"].items():
+        file = (tmp_path / entry["name"]).read_bytes()
+        start = len(file) if kind == "trainer" else 8 + int.from_bytes(file[:8], "little")
+        header = {} if kind == "trainer" else json.loads(file[8:start])
+        header.pop("__metadata__", None)
+        assert entry["size"] == len(file)
+        assert entry["sha256"] == hashlib.sha256(file[:start]).hexdigest()
+        assert entry["tensors"] == {
+            name: hashlib.sha256(file[start:][slice(*said["data_offsets"])]).hexdigest()
+            for name, said in header.items()
+        }
+    assert content == sealed(manifest)
 
 
 SCALARS = (

@@ -1,7 +1,11 @@
 """Saving is all or nothing."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +123,26 @@ def test_saving_leaves_the_random_generators_alone(tmp_path):
     before = picture(*objects)
     save(tmp_path, objects)
     assert same(picture(*objects), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("layout", ["one", "sharded", "rotated"])
+def test_kill_at_random_moments(tmp_path, record_property, layout):
+    """The folder loads as the checkpoint before the save that was killed, or as the one after it."""
+    rounds = 100
+    command = [sys.executable, "-m", "tests.checkpoint.killing", str(tmp_path), layout, str(rounds), "0"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    record_property(
+        "saves killed with SIGKILL", f"{rounds}: {found['old']} left the old checkpoint, {found['new']} the new"
+    )
+    assert found["old"] + found["new"] == rounds
+    assert found["old"] > 0
+    assert found["new"] > 0
+    folders = {"rotated": 2}.get(layout, 1)
+    assert sum(name.endswith("checkpoint.json") for name in found["files"]) == folders
+    # Nothing is left of the saves that were killed.
+    stems = {name.rpartition("-")[0] for name in found["files"] if "-" in Path(name).name}
+    data = [name for name in found["files"] if not name.endswith(("checkpoint.json", "latest"))]
+    assert len(data) == len(stems)

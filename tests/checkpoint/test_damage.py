@@ -1,6 +1,5 @@
 """A bad checkpoint gives one clear error and changes nothing."""
 
-import json
 import shutil
 
 import pytest
@@ -14,30 +13,15 @@ from tests.checkpoint.common import (
     Net,
     adamw,
     build,
+    kinds,
     load,
     multi_step,
-    own_sha256,
-    picture,
     refused,
-    same,
+    rewrite,
     save,
     sgd,
     train,
 )
-
-
-def kinds(folder):
-    """Kind of file -> file."""
-    return {file.name.partition("-")[0]: file for file in folder.iterdir()}
-
-
-def rewrite(folder, change):
-    """Change checkpoint.json with a correct sha256, as another program could."""
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    change(manifest)
-    manifest["sha256"] = own_sha256(manifest)
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
-
 
 KINDS = ["checkpoint.json", "model", "optimizer", "trainer"]
 
@@ -51,24 +35,6 @@ def test_truncated_or_longer(good, live, kind):
         refused(good, live, file.name if kind == "checkpoint.json" else f"{file.name}: has {length} bytes")
     file.write_bytes(content + b"}")
     refused(good, live, file.name)
-    file.write_bytes(content)
-    assert load(good, live)["step"] == 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_flipped_bit(good, live, kind):
-    file = kinds(good)[kind]
-    content = file.read_bytes()
-    bits = 8 * len(content)
-    before = picture(*live)
-    # All of checkpoint.json, which vouches for the rest; of the others the first and last bits and 60 between.
-    for bit in range(bits) if kind == "checkpoint.json" else {*range(8), *range(8, bits, bits // 60), bits - 1}:
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=file.name):
-            load(good, live)
-    assert same(picture(*live), before)
     file.write_bytes(content)
     assert load(good, live)["step"] == 2
 

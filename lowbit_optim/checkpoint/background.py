@@ -1,0 +1,70 @@
+"""Saves in the background: one at a time in a folder, none of them lost when Python ends."""
+
+import atexit
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Saving:
+    """A save that is under way in the background, or done."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when it has ended; what it raised is raised here, by the first call."""
+        self.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def join(self) -> None:
+        """Return when it has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do the work in a thread that Python waits for before it ends."""
+        self._thread = threading.Thread(target=self._run, args=(work,), name="save_checkpoint", daemon=False)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._error = error
+
+    def report(self) -> None:
+        """Print an error that nobody waited for."""
+        if self._error is not None:
+            print("a checkpoint that was saved in the background, and that nobody waited for:", file=sys.stderr)
+            traceback.print_exception(self._error)
+
+
+_last: dict[str, Saving] = {}  # by folder, the last that was begun in the background
+
+
+def last_in(folder: Path) -> Saving:
+    """The last save into a folder; one that is done, if none was in the background."""
+    return _last.get(os.path.realpath(folder), Saving())
+
+
+def in_background(folder: Path, work: Callable[[], None]) -> Saving:
+    saving = _last[os.path.realpath(folder)] = Saving()
+    saving.start(work)
+    return saving
+
+
+@atexit.register
+def _report() -> None:  # Python has waited for the threads
+    for saving in _last.values():
+        saving.report()

@@ -1,0 +1,171 @@
+"""A checkpoint's files, verified: nothing of a file is used before all of it is known to be what was written."""
+
+import hashlib
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from lowbit_optim.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Entry,
+    damaged,
+    not_ours,
+    parse_json,
+    read_manifest,
+    regular_size,
+)
+from lowbit_optim.checkpoint.tensors import DTYPES, METADATA
+from lowbit_optim.checkpoint.values import decode
+
+TRAINER_KEYS = {"model", "optimizer", "scheduler", "step", "extras", "random"}
+_LARGEST_HEADER = 100_000_000  # as in the safetensors library
+_CHUNK = 1 << 20
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint. The tensors are mapped from their files, not in memory; writing to one changes no file."""
+
+    trainer: dict[str, Any]
+    tensors: defaultdict[str, dict[str, torch.Tensor]]  # by kind of file
+    codecs: dict[str, dict[str, Any]]  # of the prefixes of the optimizer's tensors
+    files: dict[str, str]  # by kind, for messages
+
+
+class Place(NamedTuple):
+    """A tensor in its file, as the header says."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int  # in bytes, in the file
+    size: int
+
+
+def read(folder: Path) -> Checkpoint:
+    """Verify every file of the checkpoint, decode trainer.json and map the tensors."""
+    checkpoint = Checkpoint({}, defaultdict(dict), {}, {})
+    manifest = read_manifest(folder)
+    for kind, entries in manifest.items():
+        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+        checkpoint.files[kind] = f"{folder / entries[0].name}{more}" if entries else str(folder / MANIFEST)
+        for entry in entries:
+            if (found := regular_size(folder / entry.name)) != entry.size:
+                raise damaged(folder / entry.name, f"has {found} bytes, and {MANIFEST} says {entry.size}")
+    for kind, entries in manifest.items():
+        for entry in entries:
+            try:
+                with open(folder / entry.name, "rb") as source:
+                    if kind == "trainer":
+                        checkpoint.trainer.update(_trainer(source, entry))
+                    else:
+                        _add(checkpoint, kind, *_tensors(source, entry))
+            except CheckpointError:
+                raise
+            # RuntimeError is torch's and RecursionError, ArithmeticError an integer that is too large.
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+                raise not_ours(folder / entry.name, error) from error
+    return checkpoint
+
+
+def _add(checkpoint: Checkpoint, kind: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    if twice := checkpoint.tensors[kind].keys() & tensors.keys():
+        raise ValueError(f"tensor {min(twice)!r} is in another file, too")
+    checkpoint.tensors[kind].update(tensors)
+    codecs = parse_json(metadata.get("codecs", "{}").encode())
+    if not isinstance(codecs, dict):
+        raise ValueError("the codecs in its header are no object")
+    checkpoint.codecs.update(codecs)
+
+
+def _trainer(source: BinaryIO, entry: Entry) -> dict[str, Any]:
+    if entry.tensors:
+        raise ValueError(f"{MANIFEST} names tensors in it")
+    text = source.read()
+    _check("the content", hashlib.sha256(text).hexdigest(), entry.sha256)
+    trainer = decode(parse_json(text))
+    if missing := TRAINER_KEYS - trainer.keys():
+        raise ValueError(f"it has no {sorted(missing)}")
+    _check_sections(trainer)
+    return trainer
+
+
+def _check_sections(trainer: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless the parts of trainer.json have the members that loading uses."""
+    model, optimizer, scheduler = trainer["model"], trainer["optimizer"], trainer["scheduler"]
+    dicts = [trainer["extras"], trainer["random"]]
+    if model is not None:
+        dicts += [model["state_dict"], model["versions"] or {}]
+    if scheduler is not None:
+        dicts.append(scheduler["state_dict"])
+    if optimizer is not None:
+        saved = optimizer["state_dict"]
+        dicts += [saved["state"], *saved["state"].values(), *saved["param_groups"]]
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        for of_each in (optimizer["names"], optimizer["shapes"]):
+            if of_each is not None and len(of_each) != len(indices):
+                raise ValueError(f"it has {len(of_each)} names or shapes of {len(indices)} parameters")
+        if len({*indices}) != len(indices) or not saved["state"].keys() <= {*indices}:
+            raise ValueError("the state is not of the parameters in the groups, each of them once")
+    if wrong := [value for value in dicts if not isinstance(value, dict)]:
+        raise ValueError(f"{str(wrong[0])[:50]!r} is no object")
+
+
+def _tensors(source: BinaryIO, entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Of a safetensors file the tensors, verified and mapped, and the header's own metadata."""
+    head = source.read(8)
+    length = int.from_bytes(head, "little")
+    if length > min(entry.size - 8, _LARGEST_HEADER):
+        raise ValueError(f"its header is said to have {length} bytes, of {entry.size} in the file")
+    head += source.read(length)
+    _check("the header", hashlib.sha256(head).hexdigest(), entry.sha256)
+    header = parse_json(head[8:])
+    metadata = header.pop(METADATA, {})
+    places = _places(header, len(head), entry.size)
+    if unknown := places.keys() ^ entry.tensors.keys():
+        raise ValueError(f"tensor {min(unknown)!r} is in only one of the file's header and {MANIFEST}")
+    for name, place in places.items():
+        _check(f"tensor {name!r}", _sha256(source, place.size), entry.tensors[name])
+    mapped = torch.from_numpy(np.memmap(source, np.uint8, "c"))
+    return {name: _view(mapped, place) for name, place in places.items()}, metadata
+
+
+def _places(header: dict[str, Any], start: int, size: int) -> dict[str, Place]:
+    """Where the tensors are in a file, in the order of their bytes, which must fill it from ``start`` on."""
+    places = {}
+    base = start
+    for name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, offsets = DTYPES[said["dtype"]], said["shape"], said["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, *offsets)):
+            raise ValueError(f"tensor {name!r} has shape {shape} and offsets {offsets}")
+        needed = math.prod(shape) * dtype.itemsize
+        if offsets != [start - base, start - base + needed] or start % dtype.itemsize or start + needed > size:
+            raise ValueError(
+                f"tensor {name!r}, {said['dtype']} {shape}, is said to be the bytes {offsets} of {size - base}, where "
+                f"{start - base} is the first that is free: tensors must follow on each other, each aligned"
+            )
+        places[name] = Place(dtype, shape, start, needed)
+        start += needed
+    if start != size:
+        raise ValueError(f"its tensors end after {start} bytes of {size}")
+    return places
+
+
+def _view(mapped: torch.Tensor, place: Place) -> torch.Tensor:
+    return mapped[place.start : place.start + place.size].view(place.dtype).reshape(place.shape)
+
+
+def _sha256(source: BinaryIO, size: int) -> str:
+    digest = hashlib.sha256()
+    while size and (chunk := source.read(min(size, _CHUNK))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _check(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{what} does not match the sha256 in {MANIFEST}")

@@ -1,0 +1,148 @@
+"""Files written beside the ones that are there, and committed by one rename."""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowbit_optim.checkpoint.manifest import (
+    DATA_FILE,
+    MANIFEST,
+    CheckpointError,
+    Entry,
+    has_manifest,
+    manifest_bytes,
+    read_manifest,
+)
+from lowbit_optim.checkpoint.tensors import Part, raw_view
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LATEST = "latest"
+_UNFINISHED = re.compile(rf"({re.escape(MANIFEST)}|{LATEST})\.[0-9a-f]{{16}}")  # was to replace the file of that name
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, on disk, too."""
+    missing = [new for new in (folder, *folder.parents) if not new.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for new in missing:
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a folder, and needs no sync for a rename
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the folder's only writer. The system lets go of the lock when the process ends, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BlockingIOError(
+            error.errno,
+            f"{folder}: another process or thread is saving into this folder, and nothing was written; give each "
+            "writer a folder of its own, and of processes that train together let one save",
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # some file systems complain of old writes here; ours have been synced
+            os.close(descriptor)
+
+
+def commit(folder: Path, contents: dict[str, list[Part]]) -> None:
+    """Write the files of each kind, then make them the checkpoint by replacing checkpoint.json.
+
+    Raises:
+        BlockingIOError: somebody else is writing into the folder.
+        OSError: writing failed; the checkpoint that was there is there.
+    """
+    make_folder(folder)
+    with locked(folder):
+        token = secrets.token_hex(8)  # from the system: the generators of the training are left alone
+        try:
+            files = {}
+            for kind, parts in contents.items():
+                suffix = "json" if kind == "trainer" else "safetensors"
+                numbers = [f"-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "" for i in range(1, len(parts) + 1)]
+                files[kind] = [
+                    _write(folder / f"{kind}{number}-{token}.{suffix}", part)
+                    for number, part in zip(numbers, parts, strict=True)
+                ]
+            _replace(folder / MANIFEST, manifest_bytes(files), token)
+        except BaseException:
+            sweep(folder, token)
+            raise
+        sweep(folder)
+
+
+def write_line(file: Path, line: str) -> None:
+    """Replace a text file by one with this line."""
+    token = secrets.token_hex(8)
+    try:
+        _replace(file, f"{line}\n".encode(), token)
+    except BaseException:
+        sweep(file.parent, token)
+        raise
+
+
+def _replace(file: Path, content: bytes, token: str) -> None:
+    """What the folder held before is on disk when the file is replaced, and the file when this returns."""
+    new = file.with_name(f"{file.name}.{token}")
+    _write(new, Part(content, {}))
+    sync_folder(file.parent)
+    os.replace(new, file)
+    sync_folder(file.parent)
+
+
+def _write(file: Path, part: Part) -> Entry:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(file, flags, 0o666)
+    try:
+        sha256 = _append(descriptor, memoryview(part.head))
+        # One at a time: a tensor that had to be copied to the host is gone before the next one is.
+        tensors = {name: _append(descriptor, raw_view(tensor)) for name, tensor in part.tensors.items()}
+        os.fsync(descriptor)
+        return Entry(file.name, os.fstat(descriptor).st_size, sha256, tensors)
+    finally:
+        os.close(descriptor)
+
+
+def _append(descriptor: int, content: memoryview) -> str:
+    """Write all of it; its sha256."""
+    digest = hashlib.sha256(content).hexdigest()
+    while content:
+        content = content[os.write(descriptor, content) :]
+    return digest
+
+
+def sweep(folder: Path, token: str = "") -> None:
+    """Remove the files with ``token`` in their names that checkpoint.json does not name; what cannot be, stays."""
+    with contextlib.suppress(OSError, CheckpointError):
+        named = set()
+        if has_manifest(folder):
+            named = {entry.name for entries in read_manifest(folder).values() for entry in entries}
+        for name in os.listdir(folder):
+            if (DATA_FILE.fullmatch(name) or _UNFINISHED.fullmatch(name)) and token in name and name not in named:
+                os.unlink(folder / name)
