@@ -45,6 +45,7 @@ def save_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     step: int | None = None,
+    _random: dict[str, Any] | None = None,  # states that were saved before, instead of those of this process
     **extras: Any,
 ) -> None:
     """Write a checkpoint into the folder `path`, replacing the one that is there.
@@ -95,7 +96,7 @@ def save_checkpoint(
         contents["optimizer"] = tensors.chunks(library | codec_metadata(optimizer, names))
     if scheduler is not None:
         trainer["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
-    trainer |= {"step": step, "extras": extras, "random": random_state()}
+    trainer |= {"step": step, "extras": extras, "random": _random or random_state()}
     encoded = {key: encode(value, key) for key, value in trainer.items()}
     contents["trainer"] = [json.dumps(encoded, allow_nan=False).encode()]
     commit(Path(path), contents)

@@ -147,6 +147,11 @@ def _read_manifest(folder: Path) -> dict[str, list[tuple[str, int, str]]]:
     return files
 
 
+def listed(folder: Path) -> dict[str, list[Path]]:
+    """The files of each kind that checkpoint.json names; none of them has been looked at."""
+    return {kind: [folder / entry[0] for entry in entries] for kind, entries in _read_manifest(folder).items()}
+
+
 def read(folder: Path) -> Checkpoint:
     """Verify every file of the checkpoint, decode trainer.json and map the tensors."""
     checkpoint = Checkpoint({}, defaultdict(dict), {})
