@@ -1,8 +1,9 @@
 """The command `lowbit-optim convert`: between forms of this library, and from what others save."""
 
 import copy
+import os
 import random
-import subprocess
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_optim import SGD, SOAP, AdamW, CheckpointError, Shampoo, cli, load_checkpoint, save_checkpoint
+from lowbit_optim import CASPR, SGD, SOAP, AdamW, CheckpointError, Shampoo, cli, load_checkpoint, save_checkpoint
 from lowbit_optim.storage.factors import take
+from lowbit_optim.storage.small_floats import SmallFloats
 from tests import oracles
 from tests.contract import FIRST_ORDER, LAYERED, OPTIMIZERS, net, run, same, same_models, shampoo, train
 from tests.factors import distance, make, relative, spectral
@@ -216,8 +218,6 @@ def test_moments_of_other_bits(convert, tmp_path, base, options, first, second):
 
 def moments(optimizer):
     """Of every parameter its moments as numbers."""
-    from lowbit_optim.storage.small_floats import SmallFloats
-
     found = {}
     for index, (own, group) in enumerate((optimizer.state[p], g) for g in optimizer.param_groups for p in g["params"]):
         shape = optimizer.param_groups[0]["params"][index].shape
@@ -514,8 +514,6 @@ def test_torch_as_a_base(convert, tmp_path, kind, options, base):
 def test_low_bit_moments_under_a_preconditioner(convert, tmp_path):
     saved(tmp_path / "run", FIRST_ORDER["adamw"])
     target, _ = convert(tmp_path / "run", "--bits", 2, "--optimizer", "caspr")
-    from lowbit_optim import CASPR
-
     model, new = loaded(target, lambda m: CASPR(m.parameters(), bits=2, base_bits=4, min_quant_size=256))
     train(model, new, range(6, 9))
 
@@ -771,13 +769,14 @@ class Payload:
         self.path = path
 
     def __reduce__(self):
-        return subprocess.call, (["touch", str(self.path)],)
+        return os.system, (f"touch {self.path}",)
 
 
 def test_code_in_a_file_is_not_run(convert, tmp_path):
     torch.save({"state": {0: {"preconditioner": Payload(tmp_path / "ran")}}, "param_groups": []}, tmp_path / "run.pt")
     _, said = convert(tmp_path / "run.pt", "--bits", 4, code=2)
     assert "weights_only=True" in said
+    assert re.search(r"it holds a \w+\.system", said)
     assert not (tmp_path / "ran").exists()
 
 
@@ -794,9 +793,14 @@ def test_code_in_a_file_is_not_run(convert, tmp_path):
 def test_other_content(convert, tmp_path, content, says):
     torch.save(content, tmp_path / "run.pt")
     _, said = convert(tmp_path / "run.pt", "--bits", 4, code=2)
-    import re
-
     assert re.search(says, said), said
+
+
+@pytest.mark.parametrize("make", [shampoo, FIRST_ORDER["adamw"]])
+def test_our_own_state_dicts_are_saved_with_their_class(convert, tmp_path, make):
+    _, optimizer = run(make, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "run.pt")
+    assert "save_checkpoint(folder, optimizer=optimizer)" in convert(tmp_path / "run.pt", "--bits", 4, code=2)[1]
 
 
 def test_other_files(convert, tmp_path):

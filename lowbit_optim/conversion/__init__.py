@@ -1,6 +1,7 @@
 """The command `convert`: an optimizer's state at other bits, or from what other libraries save, as a checkpoint."""
 
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,9 +127,11 @@ def _opened(path: Path) -> tuple[Checkpoint | None, Any]:
 
 
 def _short(error: BaseException) -> str:
-    """The first sentence: torch's are pages."""
+    """What torch did not know, or the first line: its messages are pages."""
+    if named := re.search(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+)", str(error)):
+        return f"it holds a {named[1]}"
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.split(". ")[0][:200]
+    return line[:200]
 
 
 def _resolved(value: Any, tensors: Mapping[str, Tensor]) -> Any:

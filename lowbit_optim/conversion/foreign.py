@@ -69,6 +69,11 @@ def read(loaded: Any, soap_moments: str = "eigenbasis") -> Saved:
     state, groups, notes = unpacked(loaded)
     keys = {key for own in state.values() for key in own}
     options = {key for group in groups for key in group}
+    if "kept_as" in options or any(str(key).endswith(".codes") for key in keys):
+        raise ConversionError(
+            "it is a state dict of an optimizer of this library, and does not say of which: save it with "
+            "save_checkpoint(folder, optimizer=optimizer), and convert that folder"
+        )
     try:
         if "GG" in keys:
             saved = _soap(state, groups, soap_moments)
