@@ -128,7 +128,7 @@ def _opened(path: Path) -> tuple[Checkpoint | None, Any]:
 
 def _short(error: BaseException) -> str:
     """What torch did not know, or the first line: its messages are pages."""
-    if named := re.search(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+)", str(error)):
+    if named := re.search(r"[Uu]nsupported (?:global: |class: )?(?:GLOBAL )?([\w.]+)", str(error)):
         return f"it holds a {named[1]}"
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line[:200]
