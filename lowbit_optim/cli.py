@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_optim import __version__
+from lowbit_optim.checkpoint import CheckpointError
+from lowbit_optim.conversion import ConversionError, Request
+from lowbit_optim.conversion import run as run_conversion
+from lowbit_optim.conversion.foreign import COORDINATES, SECOND_ORDER
 from lowbit_optim.demo.worker import INTERRUPTED, RUNS, DemoError, Settings
 from lowbit_optim.demo.worker import main as run_worker
+from lowbit_optim.inspection import printable
+from lowbit_optim.inspection import run as run_inspection
 from lowbit_optim.memory import OPTIMIZERS, SHARDINGS
 from lowbit_optim.planning import DTYPES, Plan, PlanError
 from lowbit_optim.planning import run as run_plan
 from lowbit_optim.shapes import MODELS
 from lowbit_optim.storage.budget import BITS, STORAGES
+from lowbit_optim.storage.small_floats import MOMENT_BITS
 
 DEMO_OUT = Path("lowbit-optim-demo")
 DEMO_EXTRA = {"rich", "matplotlib"}
@@ -26,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.command(args)
     except (DemoError, PlanError) as error:
         print(f"lowbit-optim: error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, ConversionError) as error:  # which quote what a file says
+        print(printable(f"lowbit-optim: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -55,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted demo: its --out, alone")
 
     _add_estimate(commands)
+    _add_inspect(commands)
+    _add_convert(commands)
 
     worker = commands.add_parser("demo-run")  # one training run of the demo; without help it is not listed
     worker.set_defaults(command=lambda args: run_worker(args.out, args.run))
@@ -88,6 +100,50 @@ def _add_estimate(commands: Any) -> None:
     plan.add_argument("--budget", help="of each process: 80GB (10^9), 80GiB (2^30) ...; says what fits")
     plan.add_argument("--figure", type=Path, metavar="FILE", help="to draw the rows into (needs matplotlib)")
     plan.add_argument("--json", type=Path, metavar="FILE", help="to write the numbers to")
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds: tensors, bits, bytes, and the ratio to float32",
+        description="Print the tensors of a checkpoint with how they are coded, and the bytes by kind and state key "
+        "beside those of the same content in float32. Headers are read, and no tensor is, unless --verify is given.",
+    )
+    inspect.set_defaults(command=lambda args: run_inspection(args.path, args.verify, args.json))
+    inspect.add_argument("path", type=Path, metavar="PATH", help="a folder that save_checkpoint wrote")
+    inspect.add_argument("--verify", action="store_true", help="check every checksum")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="an optimizer's state at other bits, or from torch, bitsandbytes, SOAP or Shampoo, as a checkpoint",
+        description="Read the state of an optimizer and write it as a checkpoint of other bits or of another storage, "
+        "so that a run goes on with its factors and moments. Files of torch.save are opened with weights_only=True.",
+        argument_default=argparse.SUPPRESS,
+    )
+    convert.set_defaults(command=_convert)
+    convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint folder, or a file of torch.save")
+    convert.add_argument("target", type=Path, metavar="DST", help="the folder for the new checkpoint")
+    bits = ", ".join(map(str, BITS))
+    convert.add_argument(
+        "--bits", type=float, required=True, help=f"of factors: {bits}; of the moments of a first-order optimizer"
+    )
+    convert.add_argument("--storage", help=f"of factors: {', '.join(STORAGES)} (default: as it was)")
+    moments = ", ".join(map(str, MOMENT_BITS))
+    convert.add_argument("--base-bits", type=int, help=f"of moments beside factors: {moments} (default: as they were)")
+    convert.add_argument("--optimizer", help=f"to put moments under: {', '.join(SECOND_ORDER)}; its factors start anew")
+    convert.add_argument(
+        "--soap-moments",
+        help=f"in which coordinates exp_avg of the authors' SOAP is: {', '.join(COORDINATES)} "
+        f"(default: {Request.soap_moments}, as in their present code)",
+    )
+    convert.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    return run_conversion(Request(**{name: value for name, value in vars(args).items() if name != "command"}))
 
 
 def _estimate(args: argparse.Namespace) -> int:

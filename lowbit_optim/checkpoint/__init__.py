@@ -45,6 +45,7 @@ from lowbit_optim.planning import PlanError, parse_bytes
 
 __all__ = ["CheckpointError", "Saving", "load_checkpoint", "save_checkpoint"]
 
+_LARGEST = 5 * 10**9  # bytes of the tensors in a file
 _RESERVED = "report"  # what `load_checkpoint(strict=False)` returns beside the extras
 
 
@@ -98,7 +99,8 @@ def save_checkpoint(
     largest = _bytes(max_file_size)
     _check_arguments(folder, step, keep, extras)
     last_in(folder).wait()
-    contents = _contents(model, optimizer, scheduler, largest, {"step": step, "extras": extras})
+    trainer = {"step": step, "extras": extras, "random": random_state()}
+    contents = contents_of(model, optimizer, scheduler, trainer, largest)
     if background:
         contents = {kind: snapshot(parts) for kind, parts in contents.items()}
     if keep is None:
@@ -138,10 +140,10 @@ def _check_arguments(folder: Path, step: int | None, keep: int | None, extras: d
         )
 
 
-def _contents(
-    model: torch.nn.Module | None, optimizer: Any, scheduler: Any, largest: int, trainer: dict[str, Any]
+def contents_of(
+    model: torch.nn.Module | None, optimizer: Any, scheduler: Any, trainer: dict[str, Any], largest: int = _LARGEST
 ) -> dict[str, list[Part]]:
-    """The files of each kind."""
+    """The files of each kind; ``trainer`` has "step", "extras" and "random"."""
     library = {"format": "pt", "format_version": str(FORMAT_VERSION), "library_version": library_version()}
     contents: dict[str, list[Part]] = {}
     sections: dict[str, Any] = {"model": None, "optimizer": None, "scheduler": None}
@@ -171,7 +173,7 @@ def _contents(
         contents["optimizer"] = tensors.parts(largest, lambda part: library | codec_metadata(codecs, part))
     if scheduler is not None:
         sections["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
-    encoded = {key: encode(value, key) for key, value in (sections | trainer | {"random": random_state()}).items()}
+    encoded = {key: encode(value, key) for key, value in (sections | trainer).items()}
     contents["trainer"] = [Part(json.dumps(encoded, allow_nan=False).encode(), {})]
     return contents
 

@@ -113,9 +113,9 @@ def _saved_parameters(section: dict[str, Any], named: bool) -> dict[str, _Saved]
     """By name, or by index if either side has no names."""
     indices = [(index, group) for group in section["state_dict"]["param_groups"] for index in group["params"]]
     names = section["names"] if named and section["names"] is not None else [str(index) for index, _ in indices]
-    shapes = section["shapes"] or [None] * len(indices)
     return {
-        name: _Saved(index, group, shape) for name, (index, group), shape in zip(names, indices, shapes, strict=True)
+        name: _Saved(index, group, shape)
+        for name, (index, group), shape in zip(names, indices, section["shapes"], strict=True)
     }
 
 
@@ -134,7 +134,7 @@ def _problem(
     optimizer: Any,
     merged: dict[str, Any],
     index: int,
-    shape: list[int],
+    shape: list[int] | None,
     saved: _Saved,
     entry: dict[str, Any],
 ) -> str | None:

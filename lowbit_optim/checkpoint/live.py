@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from lowbit_optim.checkpoint.manifest import CheckpointError
 from lowbit_optim.checkpoint.reading import Checkpoint
@@ -42,8 +43,10 @@ def parameter_names(optimizer: Any, state_dict: dict[str, Any], model: torch.nn.
     return {index: known[id(parameter)] for index, parameter in pairs}
 
 
-def parameter_shapes(optimizer: Any) -> list[list[int]]:
-    return [list(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
+def parameter_shapes(optimizer: Any) -> list[list[int] | None]:
+    """Of all parameters; None of those that have no shape yet (of lazy modules)."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [None if is_lazy(parameter) else list(parameter.shape) for parameter in parameters]
 
 
 def section_of(checkpoint: Checkpoint, kind: str, live: Any) -> tuple[str, dict[str, Any]]:
@@ -123,10 +126,11 @@ def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Modu
         pairs = enumerate(zip(section["names"], names.values(), strict=True))
         changed = [f"parameter {i} is {old!r}, in the live optimizer {new!r}" for i, (old, new) in pairs if old != new]
         _refuse(file, "optimizer", changed)
-    if section["shapes"] is not None:
-        triples = zip(names.values(), section["shapes"], parameter_shapes(optimizer), strict=True)
-        changed = [f"parameter {name!r} is {old}, the live one {new}" for name, old, new in triples if old != new]
-        _refuse(file, "optimizer", changed)
+    triples = zip(names.values(), section["shapes"], parameter_shapes(optimizer), strict=True)
+    changed = [
+        f"parameter {name!r} is {old}, the live one {new}" for name, old, new in triples if old not in (None, new)
+    ]
+    _refuse(file, "optimizer", changed)
     state = {index: saved_entry(checkpoint, index) for index in saved["state"]}
     whole = {**saved, "state": state}
     if not_finite := [problem for index in state for problem in not_finite_in(checkpoint, index)]:

@@ -54,15 +54,22 @@ def _remove(folder: Path) -> None:
         os.rmdir(folder)
 
 
+def newest_in(folder: Path) -> Path:
+    """The folder itself or, if it is no checkpoint, the one that its `latest` names."""
+    if has_manifest(folder) or not os.path.lexists(folder / LATEST):
+        return folder
+    return folder / _latest(folder / LATEST)
+
+
 def read_newest(folder: Path) -> Checkpoint:
     """The checkpoint in a folder or, if there is none, the one that its `latest` names."""
-    if has_manifest(folder) or not os.path.lexists(folder / LATEST):
-        return read(folder)
     newest = None
     try:
-        newest = folder / _latest(folder / LATEST)
+        newest = newest_in(folder)
         return read(newest)
     except CheckpointError as error:
+        if newest == folder:
+            raise
         steps = [step_folder(folder, step) for step in sorted(_steps(folder))]
         others = ", ".join(str(other) for other in steps if other != newest and has_manifest(other))
         there = f"the others there are {others}: load one of them by its folder" if others else "there is no other"

@@ -302,9 +302,13 @@ class SecondOrder(Optimizer):
     def _other_kept_as(self) -> str:
         """The way to other settings of ``KEPT_AS``."""
         if not self.base_stands_alone:
-            return "to go on with another, make a new optimizer, which starts anew"
+            return (
+                "to go on with another, convert a checkpoint (`lowbit-optim convert`: bits, storage, base_bits), or "
+                "make a new optimizer, which starts anew"
+            )
         return (
-            "to go on with another, make a new optimizer, whose factors start anew, and keep the moments: "
+            "to go on with another, convert a checkpoint (`lowbit-optim convert`: bits, storage, base_bits), or make a "
+            "new optimizer, whose factors start anew, and keep the moments: "
             "new.load_base_state_dict(old.base_state_dict())"
         )
 

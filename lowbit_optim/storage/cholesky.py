@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.linalg import cholesky, finite
-from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.factors import Coded, State, counters, put, take
 
 # What makes A definite, relative to its mean eigenvalue, at most: it enters the average, as damping must not.
@@ -61,7 +60,3 @@ class Cholesky(Coded):
         parts = take("error", state)
         nothing = torch.zeros_like(state["cholesky.diagonal"])
         return self.codec.decode({"diagonal": nothing, **parts}, dtype).tril()
-
-    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
-        return put("root", self.codec.encode(root)), ok

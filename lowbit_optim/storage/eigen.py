@@ -8,6 +8,7 @@ from torch import Tensor
 from lowbit_optim.kernels.reference import lower
 from lowbit_optim.linalg import (
     damped,
+    eigh,
     finite,
     householder,
     matrix_power,
@@ -96,6 +97,14 @@ class Eigen(Coded):
     def statistic(self, state: State, dtype: torch.dtype) -> Tensor:
         return self._statistic(state, self.eigenvectors(state, self.rectify_update, dtype))
 
+    def holding(self, a: Tensor, damping: Tensor | None = None) -> State:
+        """As ``Factor.holding``; A is decomposed, where an update follows the eigenvectors that are there."""
+        state = super().holding(a, damping)
+        values, vectors, ok = eigh(a)
+        state |= {"eigenvalues": values.flip(-1).clamp(min=0).float()}
+        state |= put("eigenvectors", self.vectors.encode(vectors.flip(-1)))
+        return state | {"failures": state["failures"] + (~ok).to(torch.int32)}
+
     def _statistic(self, state: State, v: Tensor) -> Tensor:
         return symmetrize((v * state["eigenvalues"].to(v.dtype).unsqueeze(-2)) @ v.mT)
 
@@ -108,4 +117,4 @@ class Eigen(Coded):
     def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
         v = self.eigenvectors(state, self.rectify_root, dtype)
         root = matrix_power(damped(state["eigenvalues"].to(dtype), self.eps, damping), v, -1 / self.power)
-        return put("root", self.codec.encode(root)), finite(root)
+        return self._with_root(root), finite(root)

@@ -13,7 +13,7 @@ An update or refresh that fails for a block leaves that block's state as it was 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -115,7 +115,15 @@ class Factor(ABC):
         """The changed part of the state and ok [k]."""
 
     def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} has one period: its root comes with the update")
+        """The changed part of the state and ok [k]."""
+        if self.one_period:
+            raise NotImplementedError(f"{type(self).__name__} has one period: its root comes with the update")
+        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
+        return self._with_root(root), ok
+
+    def _with_root(self, root: Tensor) -> State:
+        """A root as a form of two periods keeps it."""
+        raise NotImplementedError
 
     def mean_eigenvalue(self, state: State, dtype: torch.dtype) -> Tensor:
         """tr(A) / n, [k]."""
@@ -148,6 +156,28 @@ class Factor(ABC):
     def refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None = None) -> State:
         """Compute the root of the statistic that is kept, in ``dtype``; damping: [k], for the "absolute" ridge."""
         return _keep_good(state, *self._refresh(state, dtype, damping))
+
+    def holding(self, a: Tensor, damping: Tensor | None = None) -> State:
+        """The state of blocks that have had one statistic, A, with its root, each coded once.
+
+        Args:
+            a: symmetric positive semidefinite [k, n, n], finite, float32 or float64 (the dtype of the computation).
+            damping: [k], for the "absolute" ridge.
+
+        Returns:
+            The state; "updates" and "previous_norm" are those of that statistic, and "failures" are 1 or more where A
+            cannot be held. A block whose A is 0 has had none.
+        """
+        first = replace(self, initial_scale=0.0)  # takes its first statistic with the whole weight
+        largest = 2.0**99 if a.dtype == torch.float32 else 2.0**500
+        magnitude = power_of_two((trace(a) / a.shape[-1]).clamp(min=0).sqrt(), 1 / largest, largest)
+        unit = each(1 / magnitude, a)
+        state = first.init(len(a), a.shape[-1], a.dtype, a.device)
+        state = first.update(state, a * unit * unit, magnitude, damping)
+        if self.one_period:
+            return state
+        root, ok = inverse_root(a, self.power, self.eps, damping)
+        return _keep_good(state, self._with_root(root), ok)
 
     def _average(self, state: State, a: Tensor, m: Tensor, magnitude: Tensor) -> Tensor:
         """(1 - s) A + s magnitude^2 M, with s = (1 - beta) / (1 - beta^t) at the t-th statistic."""
@@ -235,9 +265,8 @@ class Dense(Factor):
         a = self._average(state, state["statistic"], m, magnitude)
         return {"statistic": a}, finite(a)
 
-    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
-        return {"root": root}, ok
+    def _with_root(self, root: Tensor) -> State:
+        return {"root": root}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +288,9 @@ class Coded(Factor):
     def rounding_error(self, state: State) -> Tensor:
         return self.codec.rounding_error(take(self.name, state))
 
+    def _with_root(self, root: Tensor) -> State:
+        return put("root", self.codec.encode(root))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Direct(Coded):
@@ -279,7 +311,3 @@ class Direct(Coded):
     def _update(self, state: State, m: Tensor, magnitude: Tensor, damping: Tensor | None) -> tuple[State, Tensor]:
         a = self._average(state, self.statistic(state, m.dtype), m, magnitude)
         return put("statistic", self.codec.encode(a)), finite(a)
-
-    def _refresh(self, state: State, dtype: torch.dtype, damping: Tensor | None) -> tuple[State, Tensor]:
-        root, ok = inverse_root(self.statistic(state, dtype), self.power, self.eps, damping)
-        return put("root", self.codec.encode(root)), ok

@@ -1,0 +1,250 @@
+"""The command `convert`: an optimizer's state at other bits, or from what other libraries save, as a checkpoint."""
+
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import UninitializedParameter
+
+from lowbit_optim.checkpoint import contents_of
+from lowbit_optim.checkpoint.live import random_state
+from lowbit_optim.checkpoint.reading import Checkpoint
+from lowbit_optim.checkpoint.rotation import read_newest
+from lowbit_optim.checkpoint.tensors import Stored
+from lowbit_optim.checkpoint.writing import commit
+from lowbit_optim.conversion.foreign import OF_FACTORS, under, unpacked
+from lowbit_optim.conversion.foreign import read as read_foreign
+from lowbit_optim.conversion.forms import Choices, Codecs, converted
+from lowbit_optim.conversion.saved import FIRST_ORDER, ConversionError, Own, Saved, parameters_of, preconditioners
+from lowbit_optim.inspection import printable
+from lowbit_optim.optimizers.report import aligned, tensors_in
+
+__all__ = ["ConversionError", "Request", "convert", "run"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options of the command say.
+
+    Args:
+        source: a checkpoint folder of this library, or a file of torch.save.
+        target: the folder for the new checkpoint.
+        bits, storage, base_bits: as in ``forms.Choices``.
+        optimizer: "shampoo" or "caspr", to put a first-order optimizer's moments under it. Default None.
+        soap_moments: as for ``foreign.read``. Default "eigenbasis".
+        force: write into a folder that is not empty. Default False.
+    """
+
+    source: Path
+    target: Path
+    bits: float
+    storage: str | None = None
+    base_bits: int | None = None
+    optimizer: str | None = None
+    soap_moments: str = "eigenbasis"
+    force: bool = False
+
+
+def convert(request: Request) -> tuple[dict[str, int], Saved]:
+    """Write the checkpoint that is asked for; the source stays as it is.
+
+    Model, scheduler, step, extras and random states of a source folder go into the new one as they are. Of a file, the
+    optimizer's state is all there is, and the random states are those of this process.
+
+    Returns:
+        (the bytes of "factors" and of "moments" in the source, what was written).
+
+    Raises:
+        ConversionError: the source holds nothing that can be read, or not finite numbers; or the options cannot be; or
+            the target is not empty. Nothing has been written.
+        CheckpointError: the source is a damaged checkpoint, or none.
+        OSError: writing failed.
+    """
+    _check_target(request)
+    checkpoint, loaded = _opened(request.source)
+    _check_finite(loaded)
+    if checkpoint is not None and checkpoint.trainer["optimizer"]["class"] in (*FIRST_ORDER, *preconditioners()):
+        source = _ours(checkpoint, loaded)
+    else:
+        source = read_foreign(loaded, request.soap_moments)
+    asked = source if request.optimizer is None else under(source, request.optimizer)
+    base_bits = request.base_bits
+    if asked is not source and base_bits is None:
+        base_bits = {group["bits"] for group in source.groups}.pop()
+    choices = Choices(request.bits, request.storage, base_bits)
+    made, codecs = converted(asked, choices)
+    _write(request.target, checkpoint, made, codecs)
+    return _bytes(unpacked(loaded)[0]), made
+
+
+def run(request: Request) -> int:
+    """Convert, print what became of it, and return the exit code."""
+    try:
+        before, made = convert(request)
+    except OSError as error:
+        raise ConversionError(f"{error}: nothing was written") from error
+    for line in (_call(request.target, made), "", *aligned(_table(before, _bytes(made.state)), left=1)):
+        print(printable(line))
+    for note in made.notes:
+        print(printable(f"note: {note}"))
+    return 0
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _check_target(request: Request) -> None:
+    source, target = request.source.resolve(), request.target.resolve()
+    if source == target or source in target.parents:
+        raise ConversionError(f"{request.target} is in {request.source}, which stays as it is: name another folder")
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{request.target} is a file; a checkpoint is a folder: name another")
+    if target.is_dir() and any(target.iterdir()) and not request.force:
+        raise ConversionError(f"{request.target} is not empty: name another folder, or give --force")
+
+
+def _opened(path: Path) -> tuple[Checkpoint | None, Any]:
+    """The checkpoint, if it is one, and the optimizer's state dict or whatever the file holds."""
+    if path.is_dir() or not path.exists():
+        checkpoint = read_newest(path)
+        section = checkpoint.trainer["optimizer"]
+        if section is None:
+            raise ConversionError(f"{path}: the checkpoint was saved without optimizer=: there is nothing to convert")
+        return checkpoint, _resolved(section["state_dict"], checkpoint.tensors["optimizer"])
+    try:
+        return None, torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path}: torch.load(weights_only=True) refuses it, and nothing else is tried, for that could run code: "
+            f"{_short(error)}. Save state dicts of tensors, lists and numbers, and no objects of classes"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        said = f"{path} is neither a checkpoint folder nor a file of torch.save ({_short(error)})"
+        raise ConversionError(said) from error
+
+
+def _short(error: BaseException) -> str:
+    """What torch did not know, or the first line: its messages are pages."""
+    if named := re.search(r"[Uu]nsupported (?:global: |class: )?(?:GLOBAL )?([\w.]+)", str(error)):
+        return f"it holds a {named[1]}"
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line[:200]
+
+
+def _resolved(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """With tensors in the place of what stands for them."""
+    if type(value) is Stored:
+        if value.name not in tensors:
+            raise ConversionError(f"the checkpoint names a tensor {value.name!r} that it does not have")
+        return tensors[value.name]
+    if isinstance(value, dict):
+        return type(value)((key, _resolved(part, tensors)) for key, part in value.items())
+    return value
+
+
+def _check_finite(value: Any, name: str = "") -> None:
+    if isinstance(value, Tensor):
+        for tensor in tensors_in(value):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ConversionError(
+                    f"{name} has numbers that are not finite; nothing is written: convert an earlier state"
+                )
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_finite(part, f"{name}/{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for place, part in enumerate(value):
+            _check_finite(part, f"{name}[{place}]")
+
+
+def _ours(checkpoint: Checkpoint, state_dict: dict[str, Any]) -> Saved:
+    section = checkpoint.trainer["optimizer"]
+    groups = [{"base_bits": 32, **group} if "base" in group else dict(group) for group in state_dict["param_groups"]]
+    indices = [index for group in groups for index in group["params"]]
+    if indices != list(range(len(indices))):
+        raise ConversionError(f"the groups have the parameters {indices[:20]}, and not their places in order")
+    state: dict[int, Own] = {index: own for index, own in state_dict["state"].items() if own}
+    known = {}
+    if section["names"] is not None and checkpoint.trainer["model"] is not None:
+        model = _resolved(checkpoint.trainer["model"]["state_dict"], checkpoint.tensors["model"])
+        known = {i: model[name] for i, name in enumerate(section["names"]) if isinstance(model.get(name), Tensor)}
+    shapes = {i: shape for i, shape in enumerate(section["shapes"]) if shape is not None}
+    return Saved(section["class"], groups, state, parameters_of(groups, state, known, shapes))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write(target: Path, checkpoint: Checkpoint | None, made: Saved, codecs: Codecs) -> None:
+    trainer: Mapping[str, Any] = {} if checkpoint is None else checkpoint.trainer
+    model: Any = None
+    scheduler: Any = None
+    names = None if checkpoint is None else trainer["optimizer"]["names"]
+    if checkpoint is not None and trainer["model"] is not None:
+        state = OrderedDict(_resolved(trainer["model"]["state_dict"], checkpoint.tensors["model"]))
+        if trainer["model"]["versions"] is not None:
+            state._metadata = trainer["model"]["versions"]  # type: ignore[attr-defined]
+        named = list(zip(names or (), made.parameters.values(), strict=False))
+        model = SimpleNamespace(state_dict=lambda: state, named_parameters=lambda: named)
+    optimizer = _stand_in(
+        made.kind,
+        state_dict=lambda: {"state": made.state, "param_groups": made.groups},
+        param_groups=[{"params": [_shaped(made.parameters[i]) for i in group["params"]]} for group in made.groups],
+        state_codecs=lambda: codecs,
+    )
+    if trainer and trainer["scheduler"] is not None:
+        scheduler = _stand_in(trainer["scheduler"]["class"], state_dict=lambda: trainer["scheduler"]["state_dict"])
+    kept = {key: trainer[key] for key in ("step", "extras", "random")} if trainer else _of_now()
+    commit(target, contents_of(model, optimizer, scheduler, kept))
+
+
+def _shaped(parameter: Tensor) -> Tensor:
+    """The same, or a parameter without a shape if that is not known."""
+    return UninitializedParameter() if parameter.shape == (0,) else parameter
+
+
+def _of_now() -> dict[str, Any]:
+    return {"step": None, "extras": {}, "random": random_state()}
+
+
+def _stand_in(name: str, **attributes: Any) -> Any:
+    """An object of a class that checkpoints know by this name."""
+    package, _, qualname = name.partition(".")
+    return type(qualname, (SimpleNamespace,), {"__module__": package, "__qualname__": qualname})(**attributes)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _call(target: Path, made: Saved) -> str:
+    """How the optimizer is to be made that loads it."""
+    group = made.groups[0]
+    keys = ["bits"] if made.first_order else ["bits", "storage", "layout", "base_bits"]
+    settings = ", ".join(f"{key}={group[key]!r}" for key in keys if key in group)
+    several = ", as its first group has it" * (len(made.groups) > 1)
+    return f"{target}: load_checkpoint puts it into {made.kind}(..., {settings}){several}"
+
+
+def _table(before: dict[str, int], after: dict[str, int]) -> list[list[str]]:
+    rows = [["", "bytes before", "bytes after", "ratio"]]
+    for kind in (*before, "total"):
+        old, new = (sum(found.values()) if kind == "total" else found[kind] for found in (before, after))
+        rows.append([kind, f"{old:,}", f"{new:,}", f"{new / old:.4f}" if old else "-"])
+    return rows
+
+
+def _bytes(state: Mapping[int, Own]) -> dict[str, int]:
+    """Of matrices, whatever library's, and of all else."""
+    found = {"factors": 0, "moments": 0}
+    for own in state.values():
+        for key, value in own.items():
+            kind = "factors" if key.startswith(("left.", "right.")) or key in OF_FACTORS else "moments"
+            found[kind] += sum(tensor.nbytes for tensor in tensors_in(value))
+    return found
