@@ -385,10 +385,11 @@ def test_statistics_are_collected_only_where_they_are_due():
     assert collected == [0, 0, 8, 0, 0, 8]
 
 
-def test_zero_grad_forgets_a_step_that_was_left_out():
+@pytest.mark.parametrize("by", ["optimizer", "model"])  # a trainer may call either
+def test_zero_grad_forgets_a_step_that_was_left_out(by):
     model, optimizer = fresh()
     loss(model, 7 * X).backward()
-    optimizer.zero_grad()
+    {"optimizer": optimizer, "model": model}[by].zero_grad()
     loss(model, X).backward()
     check(optimizer)
 

@@ -218,6 +218,8 @@ class Hook:
             return
         if torch._C._are_functorch_transforms_active():  # per-example gradients and the like, which train nothing
             return
+        if layer.rows and layer.weight is not None and layer.weight.grad is None and not _in_backward():
+            layer.clear()  # of a step that was left out, whose gradients are gone already
         anchor = torch.empty(0, device=output.device, requires_grad=True)
         node: Any = _Keep.apply(anchor, args[0] if args else kwargs["input"]).grad_fn
         told = self._layer
@@ -236,6 +238,11 @@ class Hook:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layer = _nobody
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work, as when a checkpointed forward pass is run again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _nobody() -> None:
