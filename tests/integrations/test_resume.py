@@ -1,7 +1,7 @@
 """A run that a fresh process goes on with is the run that nothing interrupted, to the last bit.
 
 Parameters, the optimizer's state, the scheduler, every random stream and the order of the data: for every optimizer
-through our own files, torch.save and torch.distributed.checkpoint, and for one of each kind through the trainers.
+through our own files, torch.save and torch.distributed.checkpoint, and through the trainers, once for every class.
 """
 
 import subprocess
@@ -18,8 +18,8 @@ from tests.integrations.runs import DTYPES, EVERY, WAYS_OF
 
 pytestmark = pytest.mark.filterwarnings(*trainers.WARNINGS)
 ROOT = Path(__file__).parents[2]
-# One of each kind: of parameters alone, of hooks, with its base in an eigenbasis, first-order.
-TRAINED = list(product(["shampoo", "kfac", "soap", "adamw"], DTYPES, trainers.PACKAGES))
+CLASSES = ["shampoo", "caspr", "soap", "kfac", "adabk", "ekfac", "adamw", "sgd", "adagrad"]
+TRAINED = list(product(CLASSES, DTYPES, trainers.PACKAGES))
 OWN = [(name, dtype, way) for name, dtype in product(EVERY, DTYPES) for way in WAYS_OF[dtype]]
 CASES = [*OWN, *TRAINED]
 
