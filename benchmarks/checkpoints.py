@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="gpt2", choices=list(MODELS), help="whose shapes (default gpt2, 124 million)")
-    add("--rounds", type=int, default=3, help="how often everything is timed (default 3)")
+    add("--rounds", type=int, default=1, help="how often everything is timed (default 1: minutes)")
     add("--folder", type=Path, help="where to write, temporarily (default the system's)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
