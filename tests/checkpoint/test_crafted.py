@@ -251,7 +251,7 @@ def with_trainer(folder, change):
         lambda t: t["model"].pop("state_dict"),
         lambda t: t["optimizer"].update(names=["a"]),
         lambda t: t["optimizer"].update({"class": 3}),
-        lambda t: t["optimizer"].pop("class"),
+        lambda t: t["optimizer"].pop("class") and None,
         lambda t: t["optimizer"].update(state_dict=None),
         lambda t: t["optimizer"]["state_dict"].update(param_groups=[{}]),
         lambda t: t["optimizer"]["state_dict"].update(param_groups=[{"params": [0, 0]}]),
