@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lowbit_optim.checkpoint.background import Saving, in_background, last_in
+from lowbit_optim.checkpoint.background import Saving, in_background, join_last, last_in
 from lowbit_optim.checkpoint.fitting import fit_model, fit_optimizer
 from lowbit_optim.checkpoint.live import (
     class_name,
@@ -36,7 +36,13 @@ from lowbit_optim.checkpoint.live import (
     section_of,
     set_random_state,
 )
-from lowbit_optim.checkpoint.manifest import FORMAT_VERSION, CheckpointError, has_manifest, library_version
+from lowbit_optim.checkpoint.manifest import (
+    FORMAT_VERSION,
+    LARGEST_JSON,
+    CheckpointError,
+    has_manifest,
+    library_version,
+)
 from lowbit_optim.checkpoint.rotation import read_newest, rotate
 from lowbit_optim.checkpoint.tensors import Part, Pool, codec_metadata, codecs_of, snapshot
 from lowbit_optim.checkpoint.values import encode
@@ -90,10 +96,11 @@ def save_checkpoint(
 
     Raises:
         TypeError: a value that cannot be stored exactly, named by where it is; nothing has been written.
-        ValueError: the optimizer has a parameter that is not the model's, or an argument is none of the above; nothing
-            has been written.
+        ValueError: the optimizer has a parameter that is not the model's, or an argument is none of the above, or the
+            extras are over 1 GB; nothing has been written.
         BlockingIOError: another process or thread is saving into the folder; nothing has been written.
-        OSError: writing failed; the earlier checkpoint is intact.
+        OSError: writing failed; the earlier checkpoint is intact. If only the last sync of the folder failed, this one
+            is there already, whole, but a power cut may still bring the earlier one back.
     """
     folder = Path(path)
     largest = _bytes(max_file_size)
@@ -174,7 +181,13 @@ def contents_of(
     if scheduler is not None:
         sections["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
     encoded = {key: encode(value, key) for key, value in (sections | trainer).items()}
-    contents["trainer"] = [Part(json.dumps(encoded, allow_nan=False).encode(), {})]
+    text = json.dumps(encoded, allow_nan=False).encode()
+    if len(text) > LARGEST_JSON:
+        raise ValueError(
+            f"the extras, with all else that is no tensor of the model or optimizer, are {len(text)} bytes of JSON, "
+            f"more than {LARGEST_JSON}: keep what is large in a file of its own, or as buffers of the model"
+        )
+    contents["trainer"] = [Part(text, {})]
     return contents
 
 
@@ -201,8 +214,9 @@ def load_checkpoint(
             saved state must have the keys, shapes and dtypes of live state, where there is live state.
         scheduler: of the class that was saved.
         strict: False loads of the model the tensors that fit by name, shape and dtype, and of the optimizer the state
-            of the parameters that fit by name and shape, where the optimizer takes it, and the settings of param groups
-            of the same parameters. All else of the two stays as it is. The scheduler is loaded as ever. Default True.
+            of the parameters that fit by name (by index, if it was saved or is loaded without a model) and shape, where
+            the optimizer takes it, and the settings of param groups of the same parameters. All else of the two stays
+            as it is. The scheduler is loaded as ever. Default True.
 
     Returns:
         `{"step": step, **extras}` as saved; torch tensors come back on the CPU. With strict=False also "report": for
@@ -215,7 +229,7 @@ def load_checkpoint(
         ValueError: the optimizer has a parameter that is not the model's; nothing has been touched.
     """
     folder = Path(path)
-    last_in(folder).join()
+    join_last(folder)
     checkpoint = read_newest(folder)
     # What is live, how to put it back, how to load it.
     loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]] = []
@@ -231,8 +245,9 @@ def load_checkpoint(
             state = match_optimizer(checkpoint, optimizer, model)
         else:
             state, report["optimizer"] = fit_optimizer(checkpoint, optimizer, model)
-        load = partial(load_optimizer, optimizer, state, checkpoint.tensors["optimizer"])
-        loads.append((optimizer, optimizer_undo, load))
+        if strict or report["optimizer"]["matched"]:
+            load = partial(load_optimizer, optimizer, state, checkpoint.tensors["optimizer"])
+            loads.append((optimizer, optimizer_undo, load))
     if scheduler is not None:
         state = section_of(checkpoint, "scheduler", scheduler)[1]["state_dict"]
         loads.append((scheduler, scheduler_undo, partial(scheduler.load_state_dict, state)))

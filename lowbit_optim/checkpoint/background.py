@@ -34,13 +34,17 @@ class Saving:
 
     def start(self, work: Callable[[], None]) -> None:
         """Do the work in a thread that Python waits for before it ends."""
-        self._thread = threading.Thread(target=self._run, args=(work,), name="save_checkpoint", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work,), name="save_checkpoint", daemon=False)
+        thread.start()
+        self._thread = thread  # only now: one that could not be started cannot be joined
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
+            # The frames that the error names would keep the copy on the host until somebody asks for the error.
+            del work
+            traceback.clear_frames(error.__traceback__)
             self._error = error
 
     def report(self) -> None:
@@ -58,9 +62,16 @@ def last_in(folder: Path) -> Saving:
     return _last.get(os.path.realpath(folder), Saving())
 
 
+def join_last(folder: Path) -> None:
+    """Return when the last save into a folder has ended, and that into its parent, which ``keep`` may have here."""
+    for saved in (folder, Path(os.path.realpath(folder)).parent):
+        last_in(saved).join()
+
+
 def in_background(folder: Path, work: Callable[[], None]) -> Saving:
-    saving = _last[os.path.realpath(folder)] = Saving()
+    saving = Saving()
     saving.start(work)
+    _last[os.path.realpath(folder)] = saving
     return saving
 
 

@@ -9,6 +9,7 @@ from lowbit_optim.checkpoint.live import (
     class_name,
     differences,
     not_finite_in,
+    off_file,
     parameter_names,
     parameter_shapes,
     refusal,
@@ -24,10 +25,11 @@ Report = dict[str, Any]
 
 def report_of(saved: list[str], live: list[str], mismatched: dict[str, str]) -> Report:
     """Which names are loaded, which of the live ones were not saved, and the other way round."""
+    of_saved, of_live = {*saved}, {*live}
     return {
-        "matched": [name for name in live if name in {*saved} and name not in mismatched],
-        "missing": [name for name in live if name not in {*saved}],
-        "unexpected": [name for name in saved if name not in {*live}],
+        "matched": [name for name in live if name in of_saved and name not in mismatched],
+        "missing": [name for name in live if name not in of_saved],
+        "unexpected": [name for name in saved if name not in of_live],
         "mismatched": mismatched,
     }
 
@@ -54,8 +56,10 @@ def fit_model(checkpoint: Checkpoint, model: torch.nn.Module) -> tuple[dict[str,
         if problems:
             mismatched[name] = problems[0]
     report = report_of([*saved], [*live], mismatched)
-    whole = OrderedDict({**live, **{name: saved[name] for name in report["matched"]}})
-    whole._metadata = {**getattr(live, "_metadata", {}), **(section["versions"] or {})}  # type: ignore[attr-defined]
+    whole = OrderedDict({**live, **off_file({name: saved[name] for name in report["matched"]}, model)})
+    modules = {name.rpartition(".")[0] for name in report["matched"]}
+    versions = {name: version for name, version in (section["versions"] or {}).items() if name in modules}
+    whole._metadata = {**getattr(live, "_metadata", {}), **versions}  # type: ignore[attr-defined]
     return whole, report
 
 
@@ -72,18 +76,21 @@ def fit_optimizer(
 ) -> tuple[dict[str, Any], Report]:
     """The optimizer's state dict with the state of each parameter of the same name, where it takes that.
 
+    If either side has no names, parameters are the same whose indices are; the report has the live names all the same.
     A group of exactly the saved parameters has the saved settings, every other its own.
     """
     live = optimizer.state_dict()
-    names = parameter_names(optimizer, live, model)
+    labels = parameter_names(optimizer, live, model)
     section = checkpoint.trainer["optimizer"]
     if section is None:
-        return live, report_of([], [*names.values()], {})
-    saved = _saved_parameters(section, model is not None)
-    known = {name: place for name, place in saved.items() if name in {*names.values()}}
+        return live, report_of([], [*labels.values()], {})
+    named = model is not None and section["names"] is not None
+    names = labels if named else {index: str(index) for index in labels}
+    label = {names[index]: shown for index, shown in labels.items()}
+    saved = _saved_parameters(section, named)
     if section["class"] != class_name(optimizer):
         reason = f"it is the state of a {section['class']}, and the optimizer is a {class_name(optimizer)}"
-        return live, report_of([*saved], [*names.values()], dict.fromkeys(known, reason))
+        return live, _labelled(report_of([*saved], [*label], {name: reason for name in label if name in saved}), label)
 
     groups = [_settings(group, names, saved) for group in live["param_groups"]]
     if hasattr(optimizer, "check_state_dict"):  # each with what is live otherwise
@@ -106,13 +113,20 @@ def fit_optimizer(
     merged["state"] = state
     if hasattr(optimizer, "check_state_dict") and (problem := refusal(optimizer, merged)):
         raise CheckpointError(f"{checkpoint.files['optimizer']}: {problem}")
-    return merged, report_of([*saved], [*names.values()], mismatched)
+    return merged, _labelled(report_of([*saved], [*label], mismatched), label)
+
+
+def _labelled(report: Report, label: dict[str, str]) -> Report:
+    return {
+        "mismatched": {label[name]: reason for name, reason in report.pop("mismatched").items()},
+        **{kind: [label.get(name, name) for name in names] for kind, names in report.items()},
+    }
 
 
 def _saved_parameters(section: dict[str, Any], named: bool) -> dict[str, _Saved]:
-    """By name, or by index if either side has no names."""
+    """By name, or by index."""
     indices = [(index, group) for group in section["state_dict"]["param_groups"] for index in group["params"]]
-    names = section["names"] if named and section["names"] is not None else [str(index) for index, _ in indices]
+    names = section["names"] if named else [str(index) for index, _ in indices]
     return {
         name: _Saved(index, group, shape)
         for name, (index, group), shape in zip(names, indices, section["shapes"], strict=True)

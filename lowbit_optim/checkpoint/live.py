@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lowbit_optim.checkpoint.manifest import CheckpointError
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.tensors import Stored, host_copy, memory_key, prefixes_of, raw_bytes
+from lowbit_optim.optimizers.second_order import SecondOrder
 
 # Of the dtypes that factors and scales are kept in, those that have NaN.
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,10 +95,20 @@ def resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor]
     return {key: tensors[value.name] if type(value) is Stored else value for key, value in entries.items()}
 
 
+def off_file(tensors: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """The same with copies of what `load_state_dict` may keep: all but parameters and buffers, such as extra state."""
+    own = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    written = {name for of_kind in own for name, _ in of_kind}
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) and name not in written else value
+        for name, value in tensors.items()
+    }
+
+
 def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
     file, section = section_of(checkpoint, "model", model)
     stored, live = section["state_dict"], model.state_dict()
-    saved = OrderedDict(resolve(file, stored, checkpoint.tensors["model"]))
+    saved = resolve(file, stored, checkpoint.tensors["model"])
     problems = differences(saved, live)
     tied: dict[Any, str] = {}
     for name, value in live.items():
@@ -110,9 +121,10 @@ def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any
             if stored.get(name) != stored.get(other):
                 problems.append(f"tensors {name!r} and {other!r} are tied in the model, but were not when saved")
     _refuse(file, "model", problems)
+    whole = OrderedDict(off_file(saved, model))
     if section["versions"] is not None:
-        saved._metadata = section["versions"]  # type: ignore[attr-defined]
-    return saved
+        whole._metadata = section["versions"]  # type: ignore[attr-defined]
+    return whole
 
 
 def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None) -> dict[str, Any]:
@@ -230,6 +242,8 @@ def optimizer_undo(optimizer: Any) -> Callable[[], None]:
         optimizer.state.clear()
         optimizer.state.update({parameter: entry for parameter, (entry, _) in state.items()})
         optimizer.param_groups[:] = [group for group, _ in groups]
+        if isinstance(optimizer, SecondOrder):  # loading has bound the hooks of K-FAC to the state that was loaded
+            optimizer._prepare()
 
     return undo
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
+LARGEST_JSON = 1_000_000_000  # bytes of checkpoint.json and of trainer.json
 MANIFEST = "checkpoint.json"
 KINDS = ("model", "optimizer", "trainer")
 DATA_FILE = re.compile(
@@ -58,6 +59,15 @@ def regular_size(file: Path) -> int:
     return status.st_size
 
 
+def version_of(file: Path) -> object:
+    """Something that is another after the file was replaced."""
+    try:
+        status = file.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def parse_json(text: bytes) -> Any:
     """JSON in which no object has the same name twice: Python would take the last, another reader the first."""
     return json.loads(text, object_pairs_hook=_unique)
@@ -89,7 +99,8 @@ def _seal(body: bytes) -> bytes:
 def read_manifest(folder: Path) -> dict[str, list[Entry]]:
     """The files of each kind."""
     file = folder / MANIFEST
-    regular_size(file)
+    if (size := regular_size(file)) > LARGEST_JSON:
+        raise damaged(file, f"has {size} bytes, more than {LARGEST_JSON}")
     try:
         text = file.read_bytes()
         manifest = parse_json(text)

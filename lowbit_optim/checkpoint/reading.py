@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lowbit_optim.checkpoint.manifest import (
+    LARGEST_JSON,
     MANIFEST,
     CheckpointError,
     Entry,
@@ -18,6 +19,7 @@ from lowbit_optim.checkpoint.manifest import (
     parse_json,
     read_manifest,
     regular_size,
+    version_of,
 )
 from lowbit_optim.checkpoint.tensors import DTYPES, METADATA
 from lowbit_optim.checkpoint.values import decode
@@ -25,6 +27,7 @@ from lowbit_optim.checkpoint.values import decode
 TRAINER_KEYS = {"model", "optimizer", "scheduler", "step", "extras", "random"}
 _LARGEST_HEADER = 100_000_000  # as in the safetensors library
 _CHUNK = 1 << 20
+_MOST_COMMITS = 3  # while it is being read
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +50,17 @@ class Place(NamedTuple):
 
 def read(folder: Path) -> Checkpoint:
     """Verify every file of the checkpoint, decode trainer.json and map the tensors."""
+    for _ in range(_MOST_COMMITS):
+        seen = version_of(folder / MANIFEST)
+        try:
+            return _read(folder)
+        except CheckpointError:  # of files that a save beside this has swept?
+            if version_of(folder / MANIFEST) == seen:
+                raise
+    return _read(folder)
+
+
+def _read(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint({}, defaultdict(dict), {}, {})
     manifest = read_manifest(folder)
     for kind, entries in manifest.items():
@@ -68,6 +82,9 @@ def read(folder: Path) -> Checkpoint:
             # RuntimeError is torch's and RecursionError, ArithmeticError an integer that is too large.
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
                 raise not_ours(folder / entry.name, error) from error
+    for kind in ("model", "optimizer"):
+        if checkpoint.trainer[kind] is not None and kind not in manifest:
+            raise damaged(folder / MANIFEST, f"names no {kind} file, which its trainer file says there is")
     return checkpoint
 
 
@@ -84,6 +101,8 @@ def _add(checkpoint: Checkpoint, kind: str, tensors: dict[str, torch.Tensor], me
 def _trainer(source: BinaryIO, entry: Entry) -> dict[str, Any]:
     if entry.tensors:
         raise ValueError(f"{MANIFEST} names tensors in it")
+    if entry.size > LARGEST_JSON:
+        raise ValueError(f"it has {entry.size} bytes, more than {LARGEST_JSON}")
     text = source.read()
     _check("the content", hashlib.sha256(text).hexdigest(), entry.sha256)
     trainer = decode(parse_json(text))
@@ -103,6 +122,8 @@ def _check_sections(trainer: dict[str, Any]) -> None:
         dicts.append(scheduler["state_dict"])
     if optimizer is not None:
         saved = optimizer["state_dict"]
+        if not isinstance(name := optimizer["class"], str):
+            raise ValueError(f"the class of its optimizer is {name!r}")
         dicts += [saved["state"], *saved["state"].values(), *saved["param_groups"]]
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         for of_each in (optimizer["names"], optimizer["shapes"]):

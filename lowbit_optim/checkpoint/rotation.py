@@ -66,7 +66,13 @@ def read_newest(folder: Path) -> Checkpoint:
     newest = None
     try:
         newest = newest_in(folder)
-        return read(newest)
+        while True:
+            try:
+                return read(newest)
+            except CheckpointError:  # a save beside this may have removed it, and made another the newest
+                if (now := newest_in(folder)) == newest:
+                    raise
+                newest = now
     except CheckpointError as error:
         if newest == folder:
             raise

@@ -70,8 +70,14 @@ def decode(value: Any) -> Any:
     decoders: dict[str, Callable[[Any], Any]] = {
         "$float": float,
         "$tuple": lambda items: tuple(map(decode, items)),
-        "$stored": Stored,
+        "$stored": _stored,
         "$bytes": base64.b64decode,
         "$scalar": lambda array: decode(array)[()],
     }
     return decoders[tag](content)
+
+
+def _stored(name: Any) -> Stored:
+    if type(name) is not str:
+        raise TypeError(f"the name of a stored tensor is {name!r}")
+    return Stored(name)

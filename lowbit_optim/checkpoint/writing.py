@@ -1,11 +1,12 @@
 """Files written beside the ones that are there, and committed by one rename."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lowbit_optim.checkpoint.manifest import (
@@ -48,7 +49,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the folder's only writer. The system lets go of the lock when the process ends, however it ends."""
+    """Be the folder's only writer. The lock ends with the process, too, and with children that it forked meanwhile."""
     if fcntl is None:
         yield
         return
@@ -67,6 +68,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # a child that was forked meanwhile has the descriptor, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         with contextlib.suppress(OSError):  # some file systems complain of old writes here; ours have been synced
             os.close(descriptor)
 
@@ -76,7 +79,8 @@ def commit(folder: Path, contents: dict[str, list[Part]]) -> None:
 
     Raises:
         BlockingIOError: somebody else is writing into the folder.
-        OSError: writing failed; the checkpoint that was there is there.
+        OSError: writing failed; the checkpoint that was there is there. If only the last sync of the folder failed, it
+            is the new one already, which a power cut may still undo.
     """
     make_folder(folder)
     with locked(folder):
@@ -90,7 +94,8 @@ def commit(folder: Path, contents: dict[str, list[Part]]) -> None:
                     _write(folder / f"{kind}{number}-{token}.{suffix}", part)
                     for number, part in zip(numbers, parts, strict=True)
                 ]
-            _replace(folder / MANIFEST, manifest_bytes(files), token)
+            own = [folder / entry.name for entries in files.values() for entry in entries]
+            _replace(folder / MANIFEST, manifest_bytes(files), token, own)
         except BaseException:
             sweep(folder, token)
             raise
@@ -107,11 +112,19 @@ def write_line(file: Path, line: str) -> None:
         raise
 
 
-def _replace(file: Path, content: bytes, token: str) -> None:
+def _replace(file: Path, content: bytes, token: str, needed: Iterable[Path] = ()) -> None:
     """What the folder held before is on disk when the file is replaced, and the file when this returns."""
     new = file.with_name(f"{file.name}.{token}")
     _write(new, Part(content, {}))
     sync_folder(file.parent)
+    for other in needed:
+        if not os.path.lexists(other):
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "was removed before the checkpoint was complete, as by another writer on a file system without locks; "
+                "give each writer a folder of its own",
+                str(other),
+            )
     os.replace(new, file)
     sync_folder(file.parent)
 

@@ -10,7 +10,8 @@ import tracemalloc
 import pytest
 import torch
 
-from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint
+from lowbit_optim import checkpoint
+from lowbit_optim.checkpoint import load_checkpoint, manifest, reading, save_checkpoint
 from tests.checkpoint.common import build, craft, kinds, load, refused, rewrite, save, shampoo, train
 
 FIRST, SECOND = "embed.weight", "embed.bias"
@@ -108,6 +109,8 @@ def test_zeros_of_endless_shape(good, live):
     ("change", "match"),
     [
         (lambda m: m["files"].update(model=[]), r"tensor 'embed\.weight' is missing"),
+        (lambda m: m["files"].pop("model"), "names no model file"),
+        (lambda m: m["files"].pop("optimizer"), "names no optimizer file"),
         (lambda m: m["files"].update(trainer=[]), "it names 0 trainer files"),
         (lambda m: m["files"].update(trainer=2 * m["files"]["trainer"]), "it names 2 trainer files"),
         (lambda m: m["files"].update(model=2 * m["files"]["model"]), r"is in another file, too"),
@@ -247,6 +250,8 @@ def with_trainer(folder, change):
         lambda t: t.update(model=3),
         lambda t: t["model"].pop("state_dict"),
         lambda t: t["optimizer"].update(names=["a"]),
+        lambda t: t["optimizer"].update({"class": 3}),
+        lambda t: t["optimizer"].pop("class") and None,
         lambda t: t["optimizer"].update(state_dict=None),
         lambda t: t["optimizer"]["state_dict"].update(param_groups=[{}]),
         lambda t: t["optimizer"]["state_dict"].update(param_groups=[{"params": [0, 0]}]),
@@ -254,6 +259,7 @@ def with_trainer(folder, change):
         lambda t: t.update(scheduler={"class": "torch.MultiStepLR", "state_dict": 3}),
         lambda t: t.update(extras=3),
         lambda t: t["extras"].update(bad={"$unknown": 3}),
+        lambda t: t["extras"].update(bad={"$stored": 3}),
         lambda t: t["extras"].update(bad={"$array": ["O", [1], "AAAAAAAAAAA="]}),
         lambda t: t["extras"].update(bad={"$array": ["<f4", [2**40], "AAAAAA=="]}),
         lambda t: t["extras"].update(bad={"$tensor": ["F32", [2**40], "AAAAAA=="]}),
@@ -284,6 +290,20 @@ def test_trainer_json(good, live, change):
 def test_trainer_json_that_objects_refuse(good, live, change):
     with_trainer(good, lambda trainer: change(trainer) and None)
     refused(good, live, "the files are intact, but loading them raised")
+
+
+def test_json_that_is_too_large(good, live, monkeypatch):
+    file = kinds(good)["trainer"]
+    monkeypatch.setattr(manifest, "LARGEST_JSON", 100)
+    refused(good, live, r"checkpoint\.json: has \d+ bytes, more than 100")
+    monkeypatch.undo()
+    monkeypatch.setattr(reading, "LARGEST_JSON", file.stat().st_size - 1)
+    refused(good, live, rf"{file.name}: .*more than")
+    monkeypatch.setattr(checkpoint, "LARGEST_JSON", 10_000)
+    with pytest.raises(ValueError, match="the extras"):
+        save_checkpoint(good, text="x" * 10_000)
+    monkeypatch.undo()
+    assert load(good, live)["step"] == 2
 
 
 def test_pickles_are_not_opened(good, live):

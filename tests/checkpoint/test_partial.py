@@ -213,3 +213,57 @@ def test_undone_if_it_fails(tmp_path):
     with pytest.raises(CheckpointError, match="no luck; everything was put back"):
         load_checkpoint(tmp_path, model=model, optimizer=optimizer, strict=False)
     assert same([model.state_dict(), optimizer.state_dict()], before)
+
+
+@pytest.mark.parametrize("named", ["saved", "loaded", "neither"])
+def test_by_index_if_a_side_has_no_names(tmp_path, named):
+    def build(value):
+        model = nn.ParameterList(torch.zeros(2) for _ in range(2))  # with the names "0" and "1"
+        optimizer = torch.optim.SGD([model[1], model[0]], lr=0.1, momentum=0.9)
+        for i, parameter in enumerate(model):
+            optimizer.state[parameter]["momentum_buffer"] = torch.full((2,), float(value + i))
+        return model, optimizer
+
+    saved, live = build(10), build(20)
+    save_checkpoint(tmp_path, model=saved[0] if named == "saved" else None, optimizer=saved[1])
+    model = live[0] if named == "loaded" else None
+    report = load_checkpoint(tmp_path, model=model, optimizer=live[1], strict=False)["report"]["optimizer"]
+    matched = ["1", "0"] if named == "loaded" else ["0", "1"]
+    assert report == {"matched": matched, "missing": [], "unexpected": [], "mismatched": {}}
+    assert [live[1].state[parameter]["momentum_buffer"][0].item() for parameter in live[0]] == [10, 11]
+
+
+def test_saved_without_a_model_and_loaded_with_one(tmp_path):
+    saved, live = trained(0), trained(1, classes=4)
+    save_checkpoint(tmp_path, optimizer=saved[1])
+    report = load_checkpoint(tmp_path, model=live[0], optimizer=live[1], strict=False)["report"]["optimizer"]
+    assert report["matched"] == ["body.weight", "body.bias", "norm.weight", "norm.bias"]
+    assert report["missing"] == report["unexpected"] == []
+    assert report["mismatched"] == {
+        "head.weight": "the parameter is [3, 6], the live one [4, 6]",
+        "head.bias": "the parameter is [3], the live one [4]",
+    }
+    for mine, theirs in zip(live[0].body.parameters(), saved[0].body.parameters(), strict=True):
+        assert same(dict(live[1].state[mine]), dict(saved[1].state[theirs]))
+
+
+def test_versions_of_modules_that_are_loaded(tmp_path):
+    class Versioned(nn.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+            self.seen = local_metadata["version"]
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    saved, live = (nn.Sequential(Versioned(2, 2), Versioned(2, out)) for out in (2, 3))
+    for layer in saved:
+        layer._version = 7
+    save_checkpoint(tmp_path, model=saved)
+    load_checkpoint(tmp_path, model=live, strict=False)
+    assert [layer.seen for layer in live] == [7, 1]
+
+
+def test_optimizer_of_which_nothing_fits_is_left_alone(tmp_path):
+    saved, live = trained(0), trained(1, sgd)
+    save_checkpoint(tmp_path, model=saved[0], optimizer=saved[1])
+    entries = [live[1].state[parameter] for parameter in live[0].parameters()]
+    load_checkpoint(tmp_path, model=live[0], optimizer=live[1], strict=False)
+    assert all(live[1].state[p] is entry for p, entry in zip(live[0].parameters(), entries, strict=True))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from lowbit_optim import KFAC
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tests.checkpoint.common import (
     CodesOptimizer,
@@ -46,17 +47,25 @@ class FailingCodes(Failing, CodesOptimizer):  # fills the containers that it has
     pass
 
 
+class FailingKFAC(Failing, KFAC):
+    def __init__(self, model):
+        super().__init__(model.parameters(), model=model, lr=0.01, min_quant_size=1, statistics_frequency=2)
+
+
 class FailingSequential(Failing, lr_scheduler.SequentialLR):
     pass
 
 
 @pytest.mark.parametrize("live_steps", [0, 3])
-@pytest.mark.parametrize("failing", [FailingNet, FailingAdamW, FailingCodes, FailingSequential])
+@pytest.mark.parametrize("failing", [FailingNet, FailingAdamW, FailingCodes, FailingKFAC, FailingSequential])
 def test_load_that_raises_is_undone(tmp_path, monkeypatch, failing, live_steps):
     def build_failing(seed):
         torch.manual_seed(seed)
         model = FailingNet()
-        optimizer = (FailingCodes if failing is FailingCodes else FailingAdamW)(model.parameters(), lr=0.01)
+        if failing is FailingKFAC:
+            optimizer = FailingKFAC(model)
+        else:
+            optimizer = (FailingCodes if failing is FailingCodes else FailingAdamW)(model.parameters(), lr=0.01)
         parts = [lr_scheduler.ConstantLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.9)]
         return model, optimizer, FailingSequential(optimizer, parts, [2])
 
@@ -116,3 +125,21 @@ def test_loaded_state_does_not_hang_on_the_files(tmp_path):
     for file in tmp_path.iterdir():
         file.write_bytes(b"\xff" * file.stat().st_size)
     assert same(picture(*live)[0], picture(*objects)[0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_extra_state_does_not_hang_on_the_files(tmp_path, strict):
+    class Keeping(nn.Linear):
+        def get_extra_state(self):
+            return self.kept
+
+        def set_extra_state(self, state):
+            self.kept = state
+
+    saved, live = Keeping(2, 2), Keeping(2, 2)
+    saved.kept, live.kept = torch.ones(3), torch.zeros(3)
+    save_checkpoint(tmp_path, model=saved)
+    load_checkpoint(tmp_path, model=live, strict=strict)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    assert torch.equal(live.kept, torch.ones(3))

@@ -1,15 +1,19 @@
 """Two writers, and saves in the background."""
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint
+from lowbit_optim.checkpoint import load_checkpoint, save_checkpoint, tensors
+from lowbit_optim.checkpoint.writing import sweep
 from tests.checkpoint.common import build, load, picture, same, save, train
 
 ROOT = Path(__file__).parents[2]
@@ -184,3 +188,98 @@ def test_python_ends_after_the_save(tmp_path, how):
     else:
         assert "OSError: [Errno 28] No space left on device" in ended.stderr
         assert not (tmp_path / "run" / "checkpoint.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_forked_during_a_save_does_not_keep_the_lock(tmp_path, gate):
+    saving = save_checkpoint(tmp_path, step=1, background=True)
+    assert gate.reached.wait(60)
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    try:
+        gate.open.set()
+        saving.wait()
+        save_checkpoint(tmp_path, step=2)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+def test_without_locks_a_save_that_lost_its_files_is_none(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, step=1)
+    fsync = os.fsync
+
+    def swept(descriptor):
+        fsync(descriptor)
+        sweep(tmp_path)  # as after another writer's commit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", swept)
+        with pytest.raises(FileNotFoundError, match=r"removed before the checkpoint was complete.*trainer-\w+\.json"):
+            save_checkpoint(tmp_path, step=2)
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_thread_that_does_not_start(tmp_path, monkeypatch):
+    def none(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        with pytest.raises(RuntimeError, match="can't start"):
+            save_checkpoint(tmp_path, step=1, background=True)
+    save_checkpoint(tmp_path, step=2)
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+def test_load_of_one_of_several_waits(tmp_path, gate):
+    save_checkpoint(tmp_path, step=1, keep=2, background=True)
+    assert gate.reached.wait(60)
+    threading.Timer(0.2, gate.open.set).start()
+    assert load_checkpoint(tmp_path / "step-1")["step"] == 1
+
+
+def test_failed_save_lets_go_of_its_copy(tmp_path, monkeypatch):
+    copies = []
+    host_copy = tensors.host_copy
+
+    def watched(tensor):
+        copies.append(weakref.ref(copy := host_copy(tensor)))
+        return copy
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "host_copy", watched)
+        patch.setattr(os, "fsync", full)
+        saving = save_checkpoint(tmp_path, model=torch.nn.Linear(2, 2), background=True)
+        saving.join()
+    gc.collect()
+    assert len(copies) == 2
+    assert not any(copy() is not None for copy in copies)
+    with pytest.raises(OSError, match="No space left"):
+        saving.wait()
+
+
+@pytest.mark.parametrize("keywords", [{}, {"keep": 1}], ids=["one", "rotated"])
+def test_save_beside_a_load(tmp_path, monkeypatch, keywords):
+    """The files that checkpoint.json named are gone when they are to be read."""
+    from lowbit_optim.checkpoint import reading
+
+    save_checkpoint(tmp_path, step=1, **keywords)
+    read_manifest = reading.read_manifest
+    steps = iter([2, 3])
+
+    def outrun(folder):
+        manifest = read_manifest(folder)
+        for step in steps:
+            save_checkpoint(tmp_path, step=step, **keywords)
+            break
+        return manifest
+
+    monkeypatch.setattr(reading, "read_manifest", outrun)
+    assert load_checkpoint(tmp_path)["step"] == 3
