@@ -139,7 +139,9 @@ def _add_convert(commands: Any) -> None:
         help=f"in which coordinates exp_avg of the authors' SOAP is: {', '.join(COORDINATES)} "
         f"(default: {Request.soap_moments}, as in their present code)",
     )
-    convert.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+    convert.add_argument(
+        "--force", action="store_true", help="write into a folder that is not empty, and replace a checkpoint there"
+    )
 
 
 def _convert(args: argparse.Namespace) -> int:

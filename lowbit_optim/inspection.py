@@ -3,17 +3,24 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-
-from lowbit_optim.checkpoint.manifest import CheckpointError, read_manifest
-from lowbit_optim.checkpoint.reading import read
+from lowbit_optim.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Entry,
+    damaged,
+    not_ours,
+    parse_json,
+    read_manifest,
+    regular_size,
+)
+from lowbit_optim.checkpoint.reading import Place, header_of, read, trainer_of
 from lowbit_optim.checkpoint.rotation import newest_in
-from lowbit_optim.checkpoint.tensors import DTYPES
-from lowbit_optim.checkpoint.values import decode
+from lowbit_optim.checkpoint.tensors import DTYPE_NAMES
 from lowbit_optim.optimizers.report import aligned
 from lowbit_optim.preconditioners.buckets import SIDES
 
@@ -55,7 +62,7 @@ def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
 
     Args:
         path: its folder.
-        verify: check every file against its checksums. Else headers are read, and no tensor is.
+        verify: check every file against its checksums. Else headers and trainer.json alone, and no tensor is read.
 
     Returns:
         JSON-able: "path", "verified", "library_version", "step", "optimizer" and "scheduler" (class names or None),
@@ -73,19 +80,21 @@ def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
     folder = newest_in(path)
     if verify:
         read(folder)
-    files = {kind: [folder / entry.name for entry in entries] for kind, entries in read_manifest(folder).items()}
     found: list[Row] = []
     codecs: dict[str, Any] = {}
-    library = None
-    for kind in (kind for kind in files if kind != "trainer"):
-        for file in files[kind]:
-            metadata, entries = _header(kind, file)
-            library = metadata.get("library_version", library)
-            codecs |= _json(file, metadata.get("codecs", "{}"))
-            found += entries
+    head: dict[str, Any] = {"path": str(folder), "verified": verify, "library_version": None}
+    for kind, entries in read_manifest(folder).items():
+        for entry in entries:
+            with _opened(folder / entry.name, entry) as source:
+                if kind == "trainer":
+                    head |= _trainer(trainer_of(source, entry))
+                else:
+                    places, metadata = header_of(source, entry)
+                    head["library_version"] = metadata.get("library_version", head["library_version"])
+                    codecs |= _codecs(metadata)
+                    found += [_row(kind, name, place) for name, place in places.items()]
     _explain(found, codecs)
-    head = {"path": str(folder), "verified": verify, "library_version": library}
-    return head | _trainer(files["trainer"]) | {"tensors": [asdict(entry) for entry in found], "totals": _totals(found)}
+    return head | {"tensors": [asdict(entry) for entry in found], "totals": _totals(found)}
 
 
 def run(path: Path, verify: bool = False, as_json: bool = False) -> int:
@@ -107,60 +116,47 @@ def printable(text: str) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _header(kind: str, file: Path) -> tuple[dict[str, str], list[Row]]:
-    """Metadata and tensors of a safetensors file, from its header."""
+@contextmanager
+def _opened(file: Path, entry: Entry) -> Iterator[BinaryIO]:
+    """A file of the size that checkpoint.json says; what is wrong with its content is a CheckpointError."""
+    if (size := regular_size(file)) != entry.size:
+        raise damaged(file, f"has {size} bytes, and {MANIFEST} says {entry.size}")
     try:
-        with safe_open(file, "pt") as source:
-            entries = []
-            for name in source.keys():  # noqa: SIM118 (it is no dict)
-                part = source.get_slice(name)
-                shape, dtype = part.get_shape(), part.get_dtype()
-                size = math.prod(shape) * DTYPES[dtype].itemsize
-                parameter, _, key = name.rpartition("/") if kind == "optimizer" else (name, "", "")
-                entries.append(Row(kind, name, parameter, key, dtype, shape, size, dense_bytes=size))
-            return source.metadata() or {}, entries
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _damaged(file, error) from error
+        with open(file, "rb") as source:
+            yield source
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise not_ours(file, error) from error
 
 
-def _json(file: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise TypeError(f"a {type(found).__name__} where an object belongs")
-        return found
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _damaged(file, error) from error
+def _row(kind: str, name: str, place: Place) -> Row:
+    parameter, _, key = name.rpartition("/") if kind == "optimizer" else (name, "", "")
+    return Row(kind, name, parameter, key, DTYPE_NAMES[place.dtype], place.shape, place.size, dense_bytes=place.size)
 
 
-def _trainer(files: list[Path]) -> dict[str, Any]:
+def _codecs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    found = parse_json(metadata.get("codecs", "{}").encode())
+    if not isinstance(found, dict):
+        raise ValueError("the codecs in its header are no object")
+    return found
+
+
+def _trainer(found: Mapping[str, Any]) -> dict[str, Any]:
     """Step, classes and settings."""
-    try:
-        found: dict[str, Any] = {}
-        for file in files:
-            found |= decode(json.loads(file.read_bytes()))
-        optimizer, scheduler = found["optimizer"], found["scheduler"]
-        groups = optimizer["state_dict"]["param_groups"] if optimizer else []
-        group = groups[0] if groups else {}
-        return {
-            "step": found["step"] if type(found["step"]) is int else None,
-            "optimizer": str(optimizer["class"]) if optimizer else None,
-            "scheduler": str(scheduler["class"]) if scheduler else None,
-            "settings": {str(k): v for k, v in group.items() if type(v) in (str, bool, int) or _is_finite(v)},
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise _damaged(files[0], error) from error
+    optimizer, scheduler = found["optimizer"], found["scheduler"]
+    groups = optimizer["state_dict"]["param_groups"] if optimizer else []
+    group = groups[0] if groups else {}
+    return {
+        "step": found["step"] if type(found["step"]) is int else None,
+        "optimizer": str(optimizer["class"]) if optimizer else None,
+        "scheduler": str(scheduler["class"]) if scheduler else None,
+        "settings": {str(k): v for k, v in group.items() if type(v) in (str, bool, int) or _is_finite(v)},
+    }
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
-
-
-def _damaged(file: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: is not what save_checkpoint writes ({type(error).__name__}: {error}); the checkpoint is damaged: use "
-        "another one, or copy it again"
-    )
 
 
 # ---- what it means ---------------------------------------------------------------------------------------------------
@@ -170,7 +166,7 @@ def _explain(entries: list[Row], codecs: Mapping[str, Any]) -> None:
     """Say of an optimizer's tensors how they are coded, and what they would be in full."""
     owners: dict[tuple[str, str], list[Row]] = {}
     for entry in entries:
-        if entry.kind == "optimizer":
+        if entry.kind == "optimizer" and entry.key not in SIDES:  # a user's own key; ours are side.name
             owners.setdefault((entry.parameter, _owner(entry.key)), []).append(entry)
     numbers = {entry.name: math.prod(entry.shape) for entry in entries if entry.kind == "model"}
     for (parameter, owner), own in owners.items():

@@ -4,6 +4,7 @@ import copy
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -902,3 +903,97 @@ def test_sgd_without_momentum(convert, tmp_path):
     saved(tmp_path / "run", lambda m: SGD(m.parameters(), lr=0.01, bits=4, min_quant_size=256))
     target, _ = convert(tmp_path / "run", "--bits", 8)
     loaded(target, lambda m: SGD(m.parameters(), lr=0.01, bits=8, min_quant_size=256))
+
+
+# ---- a checkpoint of ours with torch's optimizer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_torch_in_a_checkpoint_of_ours(convert, tmp_path, bits):
+    """A frozen parameter and an empty one have no state, and still have shapes."""
+    model = net()
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, 2)))
+    model.register_parameter("empty", nn.Parameter(torch.ones(0)))
+    _, theirs = saved(tmp_path / "run", lambda m: torch.optim.AdamW(m.parameters(), lr=0.01), 4, model)
+    target, _ = convert(tmp_path / "run", "--bits", bits)
+    ours = AdamW(model.parameters(), bits=bits)
+    load_checkpoint(target, model=model, optimizer=ours)
+    expected = AdamW(model.parameters(), bits=bits)
+    expected.load_state_dict(theirs.state_dict())
+    assert same(ours.state_dict(), expected.state_dict())
+    model.unused = nn.Parameter(torch.ones(6))
+    with pytest.raises(CheckpointError, match=r"is \[3, 2\], the live one \[6\]"):
+        load_checkpoint(target, optimizer=AdamW(model.parameters(), bits=bits))
+
+
+def test_torch_without_any_state(convert, tmp_path):
+    _, theirs = saved(tmp_path / "run", lambda m: torch.optim.SGD(m.parameters(), lr=0.01), 4)
+    assert not any(own.get("momentum_buffer") is not None for own in theirs.state.values())
+    target, _ = convert(tmp_path / "run", "--bits", 8)
+    loaded(target, lambda m: SGD(m.parameters(), bits=8))
+    target, _ = convert(tmp_path / "run", "--bits", 4, "--optimizer", "shampoo")
+    loaded(target, lambda m: Shampoo(m.parameters(), bits=4, base="sgd"))
+
+
+def test_infinities_beside_the_optimizer(convert, tmp_path):
+    _, theirs = run(lambda m: torch.optim.AdamW(m.parameters()), 2)
+    others = [torch.tensor(float("nan"))]
+    others.append(others)
+    torch.save(
+        {"optimizer": theirs.state_dict(), "model": {"mask": torch.tensor(-torch.inf)}, "log": others},
+        tmp_path / "a.pt",
+    )
+    convert(tmp_path / "a.pt", "--bits", 8)
+
+
+def test_state_that_holds_itself(convert, tmp_path):
+    _, theirs = run(lambda m: torch.optim.AdamW(m.parameters()), 2)
+    state_dict, log = theirs.state_dict(), []
+    log.append(log)
+    state_dict["state"][0]["log"] = log
+    torch.save(state_dict, tmp_path / "run.pt")
+    assert "hold themselves" in convert(tmp_path / "run.pt", "--bits", 8, code=2)[1]
+
+
+def test_a_counter_in_the_state(convert, tmp_path):
+    model, theirs = run(lambda m: torch.optim.AdamW(m.parameters()), 2)
+    theirs.state[model.hidden.weight]["seen"] = Counter(a=2, b=1)
+    save_checkpoint(tmp_path / "run", model=model, optimizer=theirs)
+    target, _ = convert(tmp_path / "run", "--bits", 8)
+    ours = AdamW(model.parameters(), bits=8)
+    load_checkpoint(target, model=model, optimizer=ours)
+    assert ours.state[model.hidden.weight]["seen"] == {"a": 2, "b": 1}
+
+
+def test_groups_of_what_a_checkpoint_cannot_hold(convert, tmp_path):
+    _, theirs = run(lambda m: torch.optim.AdamW(m.parameters()), 2)
+    theirs.param_groups[0]["tags"] = {1, 2}
+    torch.save(theirs.state_dict(), tmp_path / "run.pt")
+    assert "what a checkpoint cannot" in convert(tmp_path / "run.pt", "--bits", 8, code=2)[1]
+
+
+def test_groups_of_unlike_bits_under_a_preconditioner(convert, tmp_path):
+    def built(model):
+        first, *others = model.parameters()
+        return AdamW([{"params": [first], "bits": 4}, {"params": others, "bits": 8}], min_quant_size=256)
+
+    saved(tmp_path / "run", built)
+    arguments = ["--bits", 4, "--optimizer", "shampoo"]
+    _, said = convert(tmp_path / "run", *arguments, code=2)
+    assert "4, 8 bits" in said
+    assert "--base-bits" in said
+    convert(tmp_path / "run", *arguments, "--base-bits", 8)
+
+
+def test_a_rotation_is_not_hidden(tmp_path, capsys):
+    model, optimizer = saved(tmp_path / "run", shampoo)
+    save_checkpoint(tmp_path / "other", model=model, optimizer=optimizer, step=3, keep=2)
+    before = contents_below(tmp_path / "other")
+    for more in ([], ["--force"]):
+        assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--bits", "2", *more]) == 2
+        assert "latest" in capsys.readouterr().err
+    assert contents_below(tmp_path / "other") == before
+
+
+def contents_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

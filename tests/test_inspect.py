@@ -161,3 +161,38 @@ def test_names_cannot_talk_to_the_terminal(inspect, tmp_path):
     code, _, error = inspect(tmp_path / "not\x1bthere")
     assert code == 2
     assert "\x1b" not in error
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "trainer"])
+@pytest.mark.parametrize("change", ["link", "header", "size"])
+def test_files_are_checked_before_they_are_read(inspect, tmp_path, kind, change):
+    saved(tmp_path / "run")
+    (file,) = (tmp_path / "run").glob(f"{kind}-*")
+    if change == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        content = file.read_bytes()
+        file.write_bytes(
+            content.replace(b"lr", b"lR").replace(b"F32", b"I32") if change == "header" else content + b" "
+        )
+    code, out, error = inspect(tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert file.name in error
+    assert {"link": "a link", "header": "sha256", "size": "bytes, and checkpoint.json says"}[change] in error
+
+
+class Sides(torch.optim.SGD):
+    """An optimizer of the user's, with keys like the names of our factors."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"left": torch.ones(2), "right": torch.ones(3)}
+
+
+def test_keys_of_a_users_optimizer(inspect, tmp_path):
+    saved(tmp_path, lambda m: Sides(m.parameters()))
+    code, out, _ = inspect(tmp_path, "--json")
+    assert code == 0
+    assert {row["key"] for row in json.loads(out)["tensors"]} >= {"left", "right"}

@@ -74,7 +74,7 @@ def _read(folder: Path) -> Checkpoint:
             try:
                 with open(folder / entry.name, "rb") as source:
                     if kind == "trainer":
-                        checkpoint.trainer.update(_trainer(source, entry))
+                        checkpoint.trainer.update(trainer_of(source, entry))
                     else:
                         _add(checkpoint, kind, *_tensors(source, entry))
             except CheckpointError:
@@ -98,7 +98,8 @@ def _add(checkpoint: Checkpoint, kind: str, tensors: dict[str, torch.Tensor], me
     checkpoint.codecs.update(codecs)
 
 
-def _trainer(source: BinaryIO, entry: Entry) -> dict[str, Any]:
+def trainer_of(source: BinaryIO, entry: Entry) -> dict[str, Any]:
+    """The content of trainer.json, verified."""
     if entry.tensors:
         raise ValueError(f"{MANIFEST} names tensors in it")
     if entry.size > LARGEST_JSON:
@@ -137,6 +138,15 @@ def _check_sections(trainer: dict[str, Any]) -> None:
 
 def _tensors(source: BinaryIO, entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Of a safetensors file the tensors, verified and mapped, and the header's own metadata."""
+    places, metadata = header_of(source, entry)
+    for name, place in places.items():
+        _check(f"tensor {name!r}", _sha256(source, place.size), entry.tensors[name])
+    mapped = torch.from_numpy(np.memmap(source, np.uint8, "c"))
+    return {name: _view(mapped, place) for name, place in places.items()}, metadata
+
+
+def header_of(source: BinaryIO, entry: Entry) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors are in a safetensors file, and the metadata of its header, which is verified; no tensor is."""
     head = source.read(8)
     length = int.from_bytes(head, "little")
     if length > min(entry.size - 8, _LARGEST_HEADER):
@@ -148,10 +158,7 @@ def _tensors(source: BinaryIO, entry: Entry) -> tuple[dict[str, torch.Tensor], d
     places = _places(header, len(head), entry.size)
     if unknown := places.keys() ^ entry.tensors.keys():
         raise ValueError(f"tensor {min(unknown)!r} is in only one of the file's header and {MANIFEST}")
-    for name, place in places.items():
-        _check(f"tensor {name!r}", _sha256(source, place.size), entry.tensors[name])
-    mapped = torch.from_numpy(np.memmap(source, np.uint8, "c"))
-    return {name: _view(mapped, place) for name, place in places.items()}, metadata
+    return places, metadata
 
 
 def _places(header: dict[str, Any], start: int, size: int) -> dict[str, Place]:

@@ -1,5 +1,6 @@
 """The command `convert`: an optimizer's state at other bits, or from what other libraries save, as a checkpoint."""
 
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -14,15 +15,14 @@ from torch import Tensor
 from torch.nn import UninitializedParameter
 
 from lowbit_optim.checkpoint import contents_of
-from lowbit_optim.checkpoint.live import random_state
+from lowbit_optim.checkpoint.live import random_state, resolve
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest
-from lowbit_optim.checkpoint.tensors import Stored
-from lowbit_optim.checkpoint.writing import commit
+from lowbit_optim.checkpoint.writing import LATEST, commit
 from lowbit_optim.conversion.foreign import OF_FACTORS, under, unpacked
 from lowbit_optim.conversion.foreign import read as read_foreign
 from lowbit_optim.conversion.forms import Choices, Codecs, converted
-from lowbit_optim.conversion.saved import FIRST_ORDER, ConversionError, Own, Saved, parameters_of, preconditioners
+from lowbit_optim.conversion.saved import FIRST_ORDER, ConversionError, Own, Saved, Told, parameters_of, preconditioners
 from lowbit_optim.inspection import printable
 from lowbit_optim.optimizers.report import aligned, tensors_in
 
@@ -39,7 +39,7 @@ class Request:
         bits, storage, base_bits: as in ``forms.Choices``.
         optimizer: "shampoo" or "caspr", to put a first-order optimizer's moments under it. Default None.
         soap_moments: as for ``foreign.read``. Default "eigenbasis".
-        force: write into a folder that is not empty. Default False.
+        force: write into a folder that is not empty, and replace a checkpoint that is there. Default False.
     """
 
     source: Path
@@ -69,19 +69,29 @@ def convert(request: Request) -> tuple[dict[str, int], Saved]:
     """
     _check_target(request)
     checkpoint, loaded = _opened(request.source)
-    _check_finite(loaded)
+    state = unpacked(loaded)[0]
+    try:
+        _check_finite(state, "state")
+    except RecursionError as error:
+        raise ConversionError(f"{request.source}: the state holds lists or dicts that hold themselves") from error
+    told: Told = ({}, {}) if checkpoint is None else _told(checkpoint)
     if checkpoint is not None and checkpoint.trainer["optimizer"]["class"] in (*FIRST_ORDER, *preconditioners()):
-        source = _ours(checkpoint, loaded)
+        source = _ours(checkpoint, loaded, told)
     else:
-        source = read_foreign(loaded, request.soap_moments)
+        source = read_foreign(loaded, request.soap_moments, told)
     asked = source if request.optimizer is None else under(source, request.optimizer)
     base_bits = request.base_bits
     if asked is not source and base_bits is None:
-        base_bits = {group["bits"] for group in source.groups}.pop()
+        base_bits, *others = sorted({group["bits"] for group in source.groups})
+        if others:
+            raise ConversionError(
+                f"the groups have moments of {', '.join(map(str, (base_bits, *others)))} bits, and under a "
+                "preconditioner all have the same: give --base-bits"
+            )
     choices = Choices(request.bits, request.storage, base_bits)
     made, codecs = converted(asked, choices)
     _write(request.target, checkpoint, made, codecs)
-    return _bytes(unpacked(loaded)[0]), made
+    return _bytes(state), made
 
 
 def run(request: Request) -> int:
@@ -89,7 +99,9 @@ def run(request: Request) -> int:
     try:
         before, made = convert(request)
     except OSError as error:
-        raise ConversionError(f"{error}: nothing was written") from error
+        raise ConversionError(
+            f"{error}; `lowbit-optim inspect --verify {request.target}` tells whether there is a whole checkpoint"
+        ) from error
     for line in (_call(request.target, made), "", *aligned(_table(before, _bytes(made.state)), left=1)):
         print(printable(line))
     for note in made.notes:
@@ -106,6 +118,11 @@ def _check_target(request: Request) -> None:
         raise ConversionError(f"{request.target} is in {request.source}, which stays as it is: name another folder")
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{request.target} is a file; a checkpoint is a folder: name another")
+    if os.path.lexists(request.target / LATEST):
+        raise ConversionError(
+            f"{request.target} holds checkpoints of several steps, and load_checkpoint would take the new one instead "
+            f"of the one that its `{LATEST}` names: name another folder"
+        )
     if target.is_dir() and any(target.iterdir()) and not request.force:
         raise ConversionError(f"{request.target} is not empty: name another folder, or give --force")
 
@@ -117,7 +134,9 @@ def _opened(path: Path) -> tuple[Checkpoint | None, Any]:
         section = checkpoint.trainer["optimizer"]
         if section is None:
             raise ConversionError(f"{path}: the checkpoint was saved without optimizer=: there is nothing to convert")
-        return checkpoint, _resolved(section["state_dict"], checkpoint.tensors["optimizer"])
+        saved = section["state_dict"]
+        state = {index: _resolved(checkpoint, "optimizer", own) for index, own in saved["state"].items()}
+        return checkpoint, {**saved, "state": state}
     try:
         return None, torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -138,18 +157,13 @@ def _short(error: BaseException) -> str:
     return line[:200]
 
 
-def _resolved(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _resolved(checkpoint: Checkpoint, kind: str, entries: dict[Any, Any]) -> dict[Any, Any]:
     """With tensors in the place of what stands for them."""
-    if type(value) is Stored:
-        if value.name not in tensors:
-            raise ConversionError(f"the checkpoint names a tensor {value.name!r} that it does not have")
-        return tensors[value.name]
-    if isinstance(value, dict):
-        return type(value)((key, _resolved(part, tensors)) for key, part in value.items())
-    return value
+    file = checkpoint.files.get(kind, checkpoint.files["trainer"])
+    return resolve(file, entries, checkpoint.tensors[kind])
 
 
-def _check_finite(value: Any, name: str = "") -> None:
+def _check_finite(value: Any, name: str) -> None:
     if isinstance(value, Tensor):
         for tensor in tensors_in(value):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -158,25 +172,29 @@ def _check_finite(value: Any, name: str = "") -> None:
                 )
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            _check_finite(part, f"{name}/{key}" if name else str(key))
+            _check_finite(part, f"{name}/{key}")
     elif isinstance(value, list | tuple):
         for place, part in enumerate(value):
             _check_finite(part, f"{name}[{place}]")
 
 
-def _ours(checkpoint: Checkpoint, state_dict: dict[str, Any]) -> Saved:
+def _told(checkpoint: Checkpoint) -> Told:
+    """Of the parameters the tensors in the model, and the shapes, where the checkpoint has them."""
     section = checkpoint.trainer["optimizer"]
+    known = {}
+    if section["names"] is not None and checkpoint.trainer["model"] is not None:
+        model = _resolved(checkpoint, "model", checkpoint.trainer["model"]["state_dict"])
+        known = {i: model[name] for i, name in enumerate(section["names"]) if isinstance(model.get(name), Tensor)}
+    return known, {i: shape for i, shape in enumerate(section["shapes"]) if shape is not None}
+
+
+def _ours(checkpoint: Checkpoint, state_dict: dict[str, Any], told: Told) -> Saved:
     groups = [{"base_bits": 32, **group} if "base" in group else dict(group) for group in state_dict["param_groups"]]
     indices = [index for group in groups for index in group["params"]]
     if indices != list(range(len(indices))):
         raise ConversionError(f"the groups have the parameters {indices[:20]}, and not their places in order")
     state: dict[int, Own] = {index: own for index, own in state_dict["state"].items() if own}
-    known = {}
-    if section["names"] is not None and checkpoint.trainer["model"] is not None:
-        model = _resolved(checkpoint.trainer["model"]["state_dict"], checkpoint.tensors["model"])
-        known = {i: model[name] for i, name in enumerate(section["names"]) if isinstance(model.get(name), Tensor)}
-    shapes = {i: shape for i, shape in enumerate(section["shapes"]) if shape is not None}
-    return Saved(section["class"], groups, state, parameters_of(groups, state, known, shapes))
+    return Saved(checkpoint.trainer["optimizer"]["class"], groups, state, parameters_of(groups, state, told))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -187,27 +205,27 @@ def _write(target: Path, checkpoint: Checkpoint | None, made: Saved, codecs: Cod
     model: Any = None
     scheduler: Any = None
     names = None if checkpoint is None else trainer["optimizer"]["names"]
+    parameters = {i: UninitializedParameter() if p.shape == (0,) else p for i, p in made.parameters.items()}
     if checkpoint is not None and trainer["model"] is not None:
-        state = OrderedDict(_resolved(trainer["model"]["state_dict"], checkpoint.tensors["model"]))
+        state = OrderedDict(_resolved(checkpoint, "model", trainer["model"]["state_dict"]))
         if trainer["model"]["versions"] is not None:
             state._metadata = trainer["model"]["versions"]  # type: ignore[attr-defined]
-        named = list(zip(names or (), made.parameters.values(), strict=False))
+        named = list(zip(names or (), parameters.values(), strict=False))
         model = SimpleNamespace(state_dict=lambda: state, named_parameters=lambda: named)
     optimizer = _stand_in(
         made.kind,
         state_dict=lambda: {"state": made.state, "param_groups": made.groups},
-        param_groups=[{"params": [_shaped(made.parameters[i]) for i in group["params"]]} for group in made.groups],
+        param_groups=[{"params": [parameters[i] for i in group["params"]]} for group in made.groups],
         state_codecs=lambda: codecs,
     )
     if trainer and trainer["scheduler"] is not None:
         scheduler = _stand_in(trainer["scheduler"]["class"], state_dict=lambda: trainer["scheduler"]["state_dict"])
     kept = {key: trainer[key] for key in ("step", "extras", "random")} if trainer else _of_now()
-    commit(target, contents_of(model, optimizer, scheduler, kept))
-
-
-def _shaped(parameter: Tensor) -> Tensor:
-    """The same, or a parameter without a shape if that is not known."""
-    return UninitializedParameter() if parameter.shape == (0,) else parameter
+    try:
+        contents = contents_of(model, optimizer, scheduler, kept)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConversionError(f"the state or the groups hold what a checkpoint cannot: {error}") from error
+    commit(target, contents)
 
 
 def _of_now() -> dict[str, Any]:

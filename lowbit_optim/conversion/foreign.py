@@ -15,10 +15,10 @@ from lowbit_optim.conversion.saved import (
     ConversionError,
     Own,
     Saved,
+    Told,
     decoded,
     encoded,
     parameters_of,
-    stand_in,
 )
 from lowbit_optim.linalg import full_precision, trace
 from lowbit_optim.optimizers.caspr import CASPR
@@ -55,13 +55,14 @@ _SHAMPOO = {
 _SOAP_SWITCHES = {"merge_dims": False, "precondition_1d": False, "normalize_grads": False, "correct_bias": True}
 
 
-def read(loaded: Any, soap_moments: str = "eigenbasis") -> Saved:
+def read(loaded: Any, soap_moments: str, told: Told) -> Saved:
     """The optimizer in what a file of torch.save holds, or in a checkpoint of ours that has one of torch.
 
     Args:
         loaded: a state dict, or a dict that has one under one of ``NESTED``.
         soap_moments: one of ``COORDINATES``: in which SOAP's "exp_avg" is. It is in the eigenbases in the authors'
             present code, and in those of the parameter in their first; a state dict does not tell.
+        told: what else is known of the parameters.
 
     Raises:
         ConversionError: a layout that is not known, or state that is not of its layout.
@@ -76,19 +77,19 @@ def read(loaded: Any, soap_moments: str = "eigenbasis") -> Saved:
         )
     try:
         if "GG" in keys:
-            saved = _soap(state, groups, soap_moments)
+            saved = _soap(state, groups, told, soap_moments)
         elif "statistics" in keys:
-            saved = _shampoo(state, groups)
+            saved = _shampoo(state, groups, told)
         elif keys & {_BNB_NESTED, "state1"}:
-            saved = _torch("adamw", *_bitsandbytes(state, groups))
+            saved = _torch("adamw", *_bitsandbytes(state, groups), told)
         else:
-            known = [name for name, needed in _OF_TORCH.items() if needed <= options]
-            if len(known) != 1:
+            kinds = [name for name, needed in _OF_TORCH.items() if needed <= options]
+            if len(kinds) != 1:
                 raise ConversionError(
                     f"the state has the keys {_listed(keys)}, and the groups {_listed(options)}: that is no layout "
                     f"that is known. Known are those of {LAYOUTS}"
                 )
-            saved = _torch(known[0], state, groups)
+            saved = _torch(kinds[0], state, groups, told)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"the state is not as its layout says ({type(error).__name__}: {error})") from error
     saved.notes[:0] = notes
@@ -170,11 +171,11 @@ def _of(made: Any, parameters: dict[int, Tensor], notes: list[str]) -> Saved:
 # ---- first order -----------------------------------------------------------------------------------------------------
 
 
-def _torch(key: str, state: dict[int, Own], groups: list[dict[str, Any]]) -> Saved:
+def _torch(key: str, state: dict[int, Own], groups: list[dict[str, Any]], told: Told) -> Saved:
     """That of torch's optimizer, under ours."""
     kind = base_name(LOW_BIT_BASES[key])
     state = {index: {k: v for k, v in own.items() if v is not None} for index, own in state.items()}
-    saved = Saved(kind, groups, state, parameters_of(groups, state, {}, {}))
+    saved = Saved(kind, groups, state, parameters_of(groups, state, told))
     for group in groups:
         if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
             saved.note("the weight decay was Adam's, added to gradients; here it is AdamW's, apart from them")
@@ -216,11 +217,11 @@ def _bnb_moment(own: Own, which: str) -> Tensor:
 # ---- second order ----------------------------------------------------------------------------------------------------
 
 
-def _shampoo(state: dict[int, Own], groups: list[dict[str, Any]]) -> Saved:
+def _shampoo(state: dict[int, Own], groups: list[dict[str, Any]], told: Told) -> Saved:
     """Statistics of all blocks, row by row of the grid, left and right of each, and the base's moments."""
     renamed = {i: {"momentum_buffer" if k == "momentum" else k: v for k, v in own.items()} for i, own in state.items()}
     key = "adamw" if any("exp_avg" in own for own in renamed.values()) else "sgd"
-    parameters = parameters_of(groups, renamed, {}, {})
+    parameters = parameters_of(groups, renamed, told)
     settings = {
         place: {ours: group.get(theirs, default) for ours, (theirs, default) in _SHAMPOO.items()}
         for place, group in enumerate(groups)
@@ -264,15 +265,11 @@ def _shampoo(state: dict[int, Own], groups: list[dict[str, Any]]) -> Saved:
     return saved
 
 
-def _soap(state: dict[int, Own], groups: list[dict[str, Any]], moments: str) -> Saved:
+def _soap(state: dict[int, Own], groups: list[dict[str, Any]], told: Told, moments: str) -> Saved:
     """GG and Q, a matrix for each dim, and moments."""
     if moments not in COORDINATES:
         raise ConversionError(f"--soap-moments is {moments!r}; it must be one of {', '.join(COORDINATES)}")
-    parameters = {
-        i: stand_in(state[i]["exp_avg"].shape, state[i]["exp_avg"].dtype) if i in state else stand_in((0,))
-        for group in groups
-        for i in group["params"]
-    }
+    parameters = parameters_of(groups, state, told)
     settings = {place: _soap_settings(group) for place, group in enumerate(groups)}
     made = SOAP(_parameter_groups(groups, parameters, settings), bits=32)
     made.init_state()

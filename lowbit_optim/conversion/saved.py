@@ -21,6 +21,7 @@ from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
 from lowbit_optim.storage.small_floats import SmallFloats
 
 Own = dict[str, Any]
+Told = tuple[Mapping[int, Tensor], Mapping[int, Sequence[int]]]  # tensors and shapes of parameters, by their places
 
 FIRST_ORDER = {base_name(kind): key for key, kind in LOW_BIT_BASES.items()}
 _BASES = FIRST_ORDER | {base_name(kind): key for key, kind in BASES.items()}
@@ -91,13 +92,9 @@ def stand_in(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(tuple(shape))
 
 
-def parameters_of(
-    groups: list[dict[str, Any]],
-    state: Mapping[int, Own],
-    known: Mapping[int, Tensor],
-    shapes: Mapping[int, Sequence[int]],
-) -> dict[int, Tensor]:
+def parameters_of(groups: list[dict[str, Any]], state: Mapping[int, Own], told: Told) -> dict[int, Tensor]:
     """Stand-ins of all parameters: of those that are known, or else of what their shapes and moments tell."""
+    known, shapes = told
     found = {}
     for group in groups:
         for index in group["params"]:
