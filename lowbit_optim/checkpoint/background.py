@@ -54,7 +54,8 @@ class Saving:
             traceback.print_exception(self._error)
 
 
-_last: dict[str, Saving] = {}  # by folder, the last that was begun in the background
+# By folder, the last that was begun in the background: whoever saves next there may have no object in common with it.
+_last: dict[str, Saving] = {}
 
 
 def last_in(folder: Path) -> Saving:
