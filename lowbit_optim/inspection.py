@@ -3,22 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lowbit_optim.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    Entry,
-    damaged,
-    not_ours,
-    parse_json,
-    read_manifest,
-    regular_size,
-)
-from lowbit_optim.checkpoint.reading import Place, header_of, read, trainer_of
+from lowbit_optim.checkpoint.manifest import CheckpointError, read_manifest
+from lowbit_optim.checkpoint.reading import Place, codecs_in, header_of, opened, read, trainer_of
 from lowbit_optim.checkpoint.rotation import newest_in
 from lowbit_optim.checkpoint.tensors import DTYPE_NAMES
 from lowbit_optim.optimizers.report import aligned
@@ -85,13 +75,13 @@ def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
     head: dict[str, Any] = {"path": str(folder), "verified": verify, "library_version": None}
     for kind, entries in read_manifest(folder).items():
         for entry in entries:
-            with _opened(folder / entry.name, entry) as source:
+            with opened(folder / entry.name, entry) as source:
                 if kind == "trainer":
                     head |= _trainer(trainer_of(source, entry))
                 else:
                     places, metadata = header_of(source, entry)
                     head["library_version"] = metadata.get("library_version", head["library_version"])
-                    codecs |= _codecs(metadata)
+                    codecs |= codecs_in(metadata)
                     found += [_row(kind, name, place) for name, place in places.items()]
     _explain(found, codecs)
     return head | {"tensors": [asdict(entry) for entry in found], "totals": _totals(found)}
@@ -116,30 +106,9 @@ def printable(text: str) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(file: Path, entry: Entry) -> Iterator[BinaryIO]:
-    """A file of the size that checkpoint.json says; what is wrong with its content is a CheckpointError."""
-    if (size := regular_size(file)) != entry.size:
-        raise damaged(file, f"has {size} bytes, and {MANIFEST} says {entry.size}")
-    try:
-        with open(file, "rb") as source:
-            yield source
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise not_ours(file, error) from error
-
-
 def _row(kind: str, name: str, place: Place) -> Row:
     parameter, _, key = name.rpartition("/") if kind == "optimizer" else (name, "", "")
     return Row(kind, name, parameter, key, DTYPE_NAMES[place.dtype], place.shape, place.size, dense_bytes=place.size)
-
-
-def _codecs(metadata: Mapping[str, str]) -> dict[str, Any]:
-    found = parse_json(metadata.get("codecs", "{}").encode())
-    if not isinstance(found, dict):
-        raise ValueError("the codecs in its header are no object")
-    return found
 
 
 def _trainer(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -67,21 +69,14 @@ def _read(folder: Path) -> Checkpoint:
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         checkpoint.files[kind] = f"{folder / entries[0].name}{more}" if entries else str(folder / MANIFEST)
         for entry in entries:
-            if (found := regular_size(folder / entry.name)) != entry.size:
-                raise damaged(folder / entry.name, f"has {found} bytes, and {MANIFEST} says {entry.size}")
+            _check_size(folder / entry.name, entry)
     for kind, entries in manifest.items():
         for entry in entries:
-            try:
-                with open(folder / entry.name, "rb") as source:
-                    if kind == "trainer":
-                        checkpoint.trainer.update(trainer_of(source, entry))
-                    else:
-                        _add(checkpoint, kind, *_tensors(source, entry))
-            except CheckpointError:
-                raise
-            # RuntimeError is torch's and RecursionError, ArithmeticError an integer that is too large.
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-                raise not_ours(folder / entry.name, error) from error
+            with opened(folder / entry.name, entry) as source:
+                if kind == "trainer":
+                    checkpoint.trainer.update(trainer_of(source, entry))
+                else:
+                    _add(checkpoint, kind, *_tensors(source, entry))
     for kind in ("model", "optimizer"):
         if checkpoint.trainer[kind] is not None and kind not in manifest:
             raise damaged(folder / MANIFEST, f"names no {kind} file, which its trainer file says there is")
@@ -92,10 +87,34 @@ def _add(checkpoint: Checkpoint, kind: str, tensors: dict[str, torch.Tensor], me
     if twice := checkpoint.tensors[kind].keys() & tensors.keys():
         raise ValueError(f"tensor {min(twice)!r} is in another file, too")
     checkpoint.tensors[kind].update(tensors)
+    checkpoint.codecs.update(codecs_in(metadata))
+
+
+def _check_size(file: Path, entry: Entry) -> None:
+    if (size := regular_size(file)) != entry.size:
+        raise damaged(file, f"has {size} bytes, and {MANIFEST} says {entry.size}")
+
+
+@contextmanager
+def opened(file: Path, entry: Entry) -> Iterator[BinaryIO]:
+    """A file of the size that checkpoint.json says; what is wrong with its content is a CheckpointError."""
+    _check_size(file, entry)
+    try:
+        with open(file, "rb") as source:
+            yield source
+    except CheckpointError:
+        raise
+    # RuntimeError is torch's and RecursionError, ArithmeticError an integer that is too large.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise not_ours(file, error) from error
+
+
+def codecs_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """How the tensors of a file are coded, by their prefixes."""
     codecs = parse_json(metadata.get("codecs", "{}").encode())
     if not isinstance(codecs, dict):
         raise ValueError("the codecs in its header are no object")
-    checkpoint.codecs.update(codecs)
+    return codecs
 
 
 def trainer_of(source: BinaryIO, entry: Entry) -> dict[str, Any]:
