@@ -46,6 +46,9 @@ def spiked(order: int) -> Tensor:
     return values
 
 
+SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
+
+
 def uneven(order: int, spread: float = 2.0) -> Tensor:
     """Scales [n] of rows, spread evenly over so many powers of ten, in no order."""
     where = torch.rand(order, generator=torch.Generator().manual_seed(order), dtype=torch.float64)

@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.matrices import (
+    SPECTRA,
     WIDTHS,
     advance,
     averages,
@@ -31,9 +32,7 @@ from benchmarks.matrices import (
     log_spaced,
     low_bit,
     of_the_paper,
-    power_law,
     relative_error,
-    spiked,
     statistics,
     top_ratio,
     uneven,
@@ -42,7 +41,6 @@ from benchmarks.plots import pareto
 from benchmarks.report import RESULTS, keep, show
 from lowbit_optim.storage.factors import Factor
 
-SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
 STUDY_ORDER = 128  # above it, only the main forms and streams
 BUDGETS = (4.2, 2.2)  # bits per element, everything counted, within which the least error is named
 DRIFT_FORMS = {"root": WIDTHS, "logarithm": (4, 2, 1)}

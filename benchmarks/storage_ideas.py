@@ -16,8 +16,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import pad
 
+from benchmarks.matrices import SPECTRA
 from benchmarks.report import keep, show
-from benchmarks.storage import SPECTRA, recursive_error, streams
+from benchmarks.storage import recursive_error, streams
 from lowbit_optim.kernels.reference import FIT_CANDIDATES
 from lowbit_optim.linalg import eigh, matrix_power, symmetrize
 from lowbit_optim.storage.blockwise import Parts

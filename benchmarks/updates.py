@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.matrices import (
+    SPECTRA,
     advance,
     averages,
     exact_root,
@@ -33,9 +34,7 @@ from benchmarks.matrices import (
     log_spaced,
     low_bit,
     of_the_paper,
-    power_law,
     relative_error,
-    spiked,
     statistics,
 )
 from benchmarks.report import keep, show
@@ -43,7 +42,6 @@ from lowbit_optim.linalg import full_precision
 from lowbit_optim.roots import ROUTES, forced_route
 from lowbit_optim.storage.factors import Factor
 
-SPECTRA = {"log-spaced": log_spaced, "power law": power_law, "spiked": spiked}
 EARLY, SETTLED = 10, range(42, 121, 2)  # updates whose errors are shown
 ONE_ROUTE = ("eigen, the paper",)  # it has no decomposition and no iteration
 
