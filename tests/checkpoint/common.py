@@ -1,9 +1,12 @@
 """A small model, optimizers, schedulers, and pictures of them, for the tests of checkpoints."""
 
+import contextlib
 import copy
 import hashlib
 import json
+import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -203,3 +206,25 @@ def refused(folder, objects, match):
     with pytest.raises(CheckpointError, match=match):
         load(folder, objects)
     assert same(picture(*objects), before)
+
+
+@contextlib.contextmanager
+def copied_before(monkeypatch, folder, names):
+    """Inside, the folder is copied beside itself before every call of these functions of `os`: a list of the copies.
+
+    Each is what a process that vanishes there would leave.
+    """
+    copies = []
+
+    def copying(function):
+        def wrapped(*args, **keywords):
+            copies.append(folder.with_name(f"copy{len(copies)}"))
+            shutil.copytree(folder, copies[-1])
+            return function(*args, **keywords)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, copying(getattr(os, name)))
+        yield copies

@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.common import build, load, picture, same, save, train
+from tests.checkpoint.common import build, copied_before, load, picture, same, save, train
 
 
 class Crash(BaseException):
@@ -62,20 +61,8 @@ def test_crash_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch):
 def test_power_cut_at_any_moment(tmp_path, monkeypatch):
     """The folder is copied before every change of it, as a process that vanishes would leave it."""
     objects, folder = build(0), tmp_path / "run"
-    copies = []
-
-    def copying(function):
-        def wrapped(*args, **keywords):
-            copies.append(tmp_path / f"copy{len(copies)}")
-            shutil.copytree(folder, copies[-1])
-            return function(*args, **keywords)
-
-        return wrapped
-
     save(folder, objects, step=1)
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace", "unlink"):
-            patch.setattr(os, name, copying(getattr(os, name)))
+    with copied_before(monkeypatch, folder, ("fsync", "replace", "unlink")) as copies:
         save(folder, objects, step=2)
     steps = [load(place, build(1))["step"] for place in copies]
     assert len(steps) > 8

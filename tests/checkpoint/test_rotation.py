@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from tests.checkpoint.common import build, load, picture, refused, same, save, train
+from tests.checkpoint.common import build, copied_before, load, picture, refused, same, save, train
 
 
 def names(folder):
@@ -74,21 +74,9 @@ def test_leftovers_go(tmp_path):
 def test_what_is_being_removed_is_no_checkpoint(tmp_path, monkeypatch):
     """The folder is copied before every change of it, as a process that vanishes would leave it."""
     objects, folder = build(0), tmp_path / "run"
-    copies = []
-
-    def copying(function):
-        def wrapped(*args, **keywords):
-            copies.append(tmp_path / f"copy{len(copies)}")
-            shutil.copytree(folder, copies[-1])
-            return function(*args, **keywords)
-
-        return wrapped
-
     for step in (1, 2):
         save(folder, objects, step=step, keep=2)
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace", "unlink", "rmdir"):
-            patch.setattr(os, name, copying(getattr(os, name)))
+    with copied_before(monkeypatch, folder, ("fsync", "replace", "unlink", "rmdir")) as copies:
         save(folder, objects, step=3, keep=2)
     steps = []
     for copy in copies:
