@@ -88,7 +88,7 @@ class Saved:
 
 
 def stand_in(shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of that shape and dtype whose numbers are all one."""
+    """A tensor of that shape and dtype, whose numbers share one place in memory."""
     return torch.zeros((), dtype=dtype).expand(tuple(shape))
 
 
