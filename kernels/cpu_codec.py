@@ -1,6 +1,6 @@
 """The codec on the CPU, compiled by numba: the functions of ``reference``, which specifies it, with the same bits."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -163,14 +163,15 @@ def _target(out: Tensor) -> tuple[bool, Array, Array]:
 def _coded(codes: Tensor, scales: Tensor, maxima: Tensor, values: Tensor) -> tuple[Array, ...]:
     """What ``_decode`` reads."""
     table = values.numpy()
-    return codes.view(-1).numpy(), *_scales(scales), maxima.view(-1).numpy(), table, _pairs(table)
+    return codes.view(-1).numpy(), *_scales(scales), maxima.view(-1).numpy(), table, _pairs_of(table.tobytes())
 
 
-def _pairs(values: Array) -> Array:
-    """What each byte of two 4-bit codes says, as 64 bits; nothing of other tables."""
+@lru_cache(maxsize=64)
+def _pairs_of(table: bytes) -> Array:
+    """What each byte of two 4-bit codes says, as 64 bits, from the float32 values; nothing of other tables."""
+    values, byte = np.frombuffer(table, np.float32), np.arange(256)
     if len(values) != 16:
         return NO_PAIRS
-    byte = np.arange(256)
     return np.stack([values[byte & 15], values[byte >> 4]], -1).view(np.uint64).ravel()
 
 
