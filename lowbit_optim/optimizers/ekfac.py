@@ -1,7 +1,7 @@
 """EKFAC over any first-order optimizer, with factors and eigenbases in low-bit storage."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from lowbit_optim.preconditioners.kronecker import Group
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.factors import without_scale
 from lowbit_optim.storage.moment import Moment
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
@@ -148,6 +151,10 @@ class EKFAC(KFAC):
         workspace: int = 256 * 2**20,
         sharing: str = "expand",
         grad_scale: Callable[[], float | Tensor] | None = None,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         settings = keywords(locals(), *OF_THE_WHOLE)

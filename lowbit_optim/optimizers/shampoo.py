@@ -1,6 +1,6 @@
 """Shampoo over any first-order optimizer, with its factors in low-bit storage."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,6 +10,9 @@ from lowbit_optim.preconditioners.buckets import Bucket
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner, Statistics
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ShampooPreconditioner(KroneckerPreconditioner):
@@ -124,6 +127,10 @@ class Shampoo(SecondOrder):
         apply_dtype: str | None = None,
         stagger: bool = False,
         workspace: int = 256 * 2**20,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         super().__init__(params, self.preconditioner_class(), keywords(locals()), base, base_kwargs)
