@@ -40,8 +40,8 @@ class Unit(NamedTuple):
     dtype: torch.dtype  # in which its blocks are worked on
 
     @property
-    def count(self) -> int:
-        """Blocks on all ranks."""
+    def blocks(self) -> int:
+        """How many there are on all ranks."""
         return self.runs[-1][1]
 
     @property
@@ -578,7 +578,7 @@ def _rows_of_table(units: tuple[Runs, ...], device: torch.device) -> tuple[int, 
     """Of a table of which each rank has the rows of its blocks: the most rows of a rank, and where each block's is."""
     most = max(sum(runs[rank][1] - runs[rank][0] for runs in units) for rank in range(len(units[0])))
     next_row = [rank * most for rank in range(len(units[0]))]
-    order = []
+    order: list[int] = []
     for runs in units:
         for rank, (first, last) in enumerate(runs):
             order += range(next_row[rank], next_row[rank] + last - first)

@@ -501,14 +501,13 @@ class SecondOrder(Optimizer):
         if isinstance(self.base, FirstOrder):
             self.base.check_state(index, parameter, group, lent(state))
 
-    def _step_base(self, stand_ins: Mapping[Tensor, Tensor] | None = None) -> None:
-        """The base's step, without its hooks: this optimizer's own step has fired the global ones already.
+    def _step_base(self) -> None:
+        """The base's step, without its hooks: this optimizer's own step has fired the global ones already."""
+        self._step_base_on({})
 
-        Args:
-            stand_ins: what the base steps on in the place of some parameters.
-        """
+    def _step_base_on(self, instead: Mapping[Tensor, Tensor]) -> None:
+        """Likewise, on other tensors instead of some parameters."""
         assert self.base is not None
-        instead = stand_ins or {}
         groups = [{**group, "params": [instead.get(p, p) for p in group["params"]]} for group in self.param_groups]
         self.base.param_groups = groups if instead else self.param_groups
         self.base.state = defaultdict(dict)

@@ -223,7 +223,7 @@ class SOAP(SecondOrder):
         base = {"betas": betas, "eps": eps, "weight_decay": weight_decay, **base_kwargs}
         super().__init__(params, SOAPPreconditioner(), settings, "adamw", base)
 
-    def _step_base(self, stand_ins: Mapping[Tensor, Tensor] | None = None) -> None:
+    def _step_base(self) -> None:
         """AdamW's step from zero, in the coordinates that its gradients have been turned into."""
         if self.preconditioner.team is not None:
             self._step_base_shared(self.preconditioner.team)
@@ -270,7 +270,7 @@ class SOAP(SecondOrder):
                 stand_ins[parameter] = stand_in
                 if not len(own):
                     self._keep_nothing(parameter, places[parameter][1], stand_in)
-        super()._step_base(stand_ins)
+        self._step_base_on(stand_ins)
         for units, blocks in turned:
             steps = []
             for unit, own in zip(units, blocks, strict=True):

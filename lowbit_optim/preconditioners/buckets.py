@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,9 @@ class Work(NamedTuple):
     settings: Settings
 
 
+B = TypeVar("B", bound="Bucket")
+
+
 @dataclass
 class Bucket:
     """Units of one step that share a block shape and every setting; of each the blocks that this process works on."""
@@ -133,14 +136,14 @@ class Bucket:
         self.turns.append(turn)
         self.counts.append(count)
 
-    def part(self, wanted: Iterable[int]) -> "Bucket":
+    def part(self: B, wanted: Iterable[int]) -> B:
         """Some of the units."""
         wanted = list(wanted)
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), list)]
         changed: dict[str, Any] = {name: [getattr(self, name)[i] for i in wanted] for name in names}
         return replace(self, **changed)
 
-    def due(self) -> "Bucket":
+    def due(self: B) -> B:
         """The units of which some blocks have their turn."""
         return self.part(i for i, turn in enumerate(self.turns) if turn.first < turn.last)
 
@@ -218,7 +221,7 @@ def bucketed(works: Iterable[Work]) -> list[Bucket]:
     return list(buckets.values())
 
 
-def parts(bucket: Bucket, room: int) -> Iterator[Bucket]:
+def parts(bucket: B, room: int) -> Iterator[B]:
     """Whole units whose blocks, and as many temporaries, fill half of the room; at least one each time."""
     start, used = 0, 0
     if not bucket.units:

@@ -10,9 +10,9 @@ unit's state is that of its first parameter.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ _FORM_SETTINGS = {
 }
 
 Group = dict[str, Any]
+B = TypeVar("B", bound=Bucket)
 Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Root = tuple[Tensor, Tensor]  # X and s, of s X
 
@@ -266,7 +267,7 @@ class KroneckerPreconditioner(ABC):
             return
         self._runs = {}
         for preconditioned in (True, False):  # those that may be one day after those that are
-            units = {}
+            units: dict[Tensor, tuple[Hashable, list[Blocking | None]]] = {}
             for g, group in enumerate(groups):
                 if group["precondition"] == preconditioned:
                     for i, parameter in enumerate(group["params"]):
@@ -327,7 +328,7 @@ class KroneckerPreconditioner(ABC):
             state[parameter]["nonfinite"] += own
         return [torch.stack([own, torch.zeros_like(own)]).long() for own in bad]
 
-    def parts(self, bucket: Bucket, room: int) -> Iterable[Bucket]:
+    def parts(self, bucket: B, room: int) -> Iterable[B]:
         """Whole units whose gradients fit in the room together, one part after the other."""
         return parts(bucket, room)
 

@@ -101,7 +101,7 @@ class Layer:
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     examples: int = 0
     rows: int = 0
-    sharded: nn.Parameter | None = None  # the weight, where FSDP puts another in its place while the module is at work
+    sharded: Any = None  # the weight, where FSDP puts another in its place while the module is at work
 
     @property
     def weight(self) -> nn.Parameter | None:

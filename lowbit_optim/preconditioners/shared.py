@@ -122,7 +122,7 @@ def _share_norms(team: Team, works: list[Work], units: list[Unit], buckets: list
             found = [state[f"{side}.{name}"] for side in SIDES for name in ("updates", "previous_norm")]
             tables[place] = torch.stack([x.to(units[0].dtype) for x in found], 1)
     table = _shared(team, units, tables, 2 * len(SIDES), units[0].dtype)
-    counts = [unit.count for unit in units]
+    counts = [unit.blocks for unit in units]
     norms = {side: mean_norms(table[:, 2 * i] > 0, table[:, 2 * i + 1], counts) for i, side in enumerate(SIDES)}
     for bucket in buckets:
         bucket.norms = [{side: norms[side][place] for side in SIDES} for place in bucket.places]
@@ -136,14 +136,14 @@ def _shared(team: Team, units: list[Unit], tables: dict[int, Tensor], width: int
 
 def _count_bad(works: list[Work], units: list[Unit], bad: Tensor) -> Tensor:
     """Count the blocks that were not finite in the state of each unit, on every rank; how many they are, int64 []."""
-    counts = of_units(bad, [unit.count for unit in units]).long()
+    counts = of_units(bad, [unit.blocks for unit in units]).long()
     torch._foreach_add_([work.state["nonfinite"] for work in works], list(counts.unbind()))
     return counts.sum()
 
 
 def _weigh(team: Team, works: list[Work], units: list[Unit], blocks: list[Tensor], measures: Measures) -> None:
     """Multiply this rank's blocks with their weights."""
-    counts = [unit.count for unit in units]
+    counts = [unit.blocks for unit in units]
     grafted = torch.tensor([work.settings.graft and work.settings.precondition for work in works])
     owner = owners(counts, measures.weight.device)
     weight = torch.where(grafted.to(owner.device)[owner], graft(counts, measures), measures.weight)
