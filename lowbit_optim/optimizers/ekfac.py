@@ -118,6 +118,7 @@ class EKFAC(KFAC):
         sharing: as for :class:`KFAC`.
         grad_scale: as for :class:`KFAC`. Needed where the scale of the loss changes: bases are those of averages, in
             which statistics of another scale have another weight. Default None: 1.
+        process_group, replicate, shards, exchange_dtype: as for :class:`KFAC`.
         **base_kwargs: options of the base optimizer.
 
     Raises:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,6 +35,13 @@ _BLIND = (
     "no hook saw a backward pass though there are gradients, so factors are not updated. A model that torch.compile "
     "has compiled before never calls hooks that come later: construct the optimizer first, or call "
     "torch._dynamo.reset(). This is said once."
+)
+
+
+_ALONE = (
+    "torch.distributed is initialized, but %s has no process_group, and its model is neither DistributedDataParallel nor "
+    "of DTensors: the factors are of this process's batches alone. If processes train one model together, give "
+    "process_group=torch.distributed.group.WORLD."
 )
 
 
@@ -225,6 +233,10 @@ class KFAC(SecondOrder):
         grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.
             Needed with graft=False or absolute damping only. Default None: 1.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 2.
+        process_group, replicate, exchange_dtype: as for :class:`Shampoo`. Statistics are those of the batches of all
+            processes of the group, also with ``replicate``; without one, of a ``DistributedDataParallel`` model's.
+            Their batches must be of one size.
+        shards: "whole".
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -291,6 +303,8 @@ class KFAC(SecondOrder):
         self._scales_loss = grad_scale is not None
         super().__init__(params, preconditioner, settings, base, base_kwargs)
         self.attach(model, grad_scale)
+        if not preconditioner.batches and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            logger.warning(_ALONE, type(self).__name__)
 
     def attach(self, model: nn.Module, grad_scale: Callable[[], float | Tensor] | None = None) -> None:
         """Hook into a model; needed after copying or unpickling, which leave hooks and ``grad_scale`` behind.

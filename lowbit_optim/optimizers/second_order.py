@@ -223,6 +223,8 @@ class SecondOrder(Optimizer):
               Estimated from codes and scales; relative, by Frobenius norms, of the worst block. Earlier roundings are
               in the average and do not count. None without a factor in use, and of SOAP and EKFAC.
             * "bytes": of the preconditioner's state; the base's comes on top.
+
+            In a process group all but "steps" and "nonfinite" is of this process's blocks.
         """
         self._prepare()
         treated = self._treatments()
