@@ -39,8 +39,8 @@ _BLIND = (
 
 
 _ALONE = (
-    "torch.distributed is initialized, but %s has no process_group, and its model is neither DistributedDataParallel nor "
-    "of DTensors: the factors are of this process's batches alone. If processes train one model together, give "
+    "torch.distributed is initialized, but %s has no process_group, and its model is neither DistributedDataParallel "
+    "nor of DTensors: the factors are of this process's batches alone. If processes train one model together, give "
     "process_group=torch.distributed.group.WORLD."
 )
 

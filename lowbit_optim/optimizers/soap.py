@@ -180,7 +180,8 @@ class SOAP(SecondOrder):
         shampoo_beta: decay of the statistics. Default 0.95.
         statistic_limit: as for :class:`Shampoo`. Default none.
         rectify_basis: Björck iterations when a basis "eigen" is read. Default 4.
-        process_group, replicate, shards, exchange_dtype: as for :class:`Shampoo`; shards "whole" only. The owner of a matrix has its moments, too.
+        process_group, replicate, shards, exchange_dtype: as for :class:`Shampoo`; shards "whole" only. The owner of a
+            matrix has its moments, too.
         **base_kwargs: other options of ``torch.optim.AdamW``.
 
     Raises:
