@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowbit_optim import kernels
-from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
+from lowbit_optim import kernels, shards
+from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, shifted, zeros
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.state import (
     LISTED_TWICE,
@@ -33,6 +35,7 @@ _TROUBLES = (
     "%d numbers of gradients were not finite and counted as zero; state[p]['nonfinite'] counts them. This is said "
     "once.",
 )
+_COUNTERS = ("step", "nonfinite")
 # Options of torch's optimizers that moments in codes do not have.
 _REFUSED = {
     "amsgrad": "keeps a running maximum, which rounding at random would raise step by step",
@@ -50,7 +53,7 @@ class FirstOrder(Optimizer):
 
     ``state[p]`` holds "step", each moment under the name that torch has for it (as codes: "<name>.codes" and
     "<name>.scales"), and, with a step of ours, "nonfinite": how many numbers of gradients were not finite and counted
-    as zero, int64.
+    as zero, int64. Moments of a DTensor are DTensors, placed as it is; the two counters are the same on all ranks.
     """
 
     rule: ClassVar[str]  # of ``kernels.first_order``
@@ -120,8 +123,10 @@ class FirstOrder(Optimizer):
         own = self.state[parameter]
         if not own:
             layout = self.layout(parameter, group)
-            for key, (shape, dtype) in layout.items():
+            for key in _COUNTERS:
+                shape, dtype = layout.pop(key)
                 own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
+            own.update({key: shards.zeros(shape, dtype, parameter) for key, (shape, dtype) in layout.items()})
         elif own["nonfinite"].device != parameter.device:  # the model was moved
             own.update({key: to_device(value, home(key, value, parameter, group, own)) for key, value in own.items()})
         return own
@@ -130,6 +135,12 @@ class FirstOrder(Optimizer):
         """Raise ValueError if what is there of a parameter's state is not what its group's settings ask for."""
         if not own:
             return
+        for key, value in own.items():
+            if isinstance(value, DTensor) and not shards.alike(value, parameter):
+                raise ValueError(
+                    f"{where(index, parameter)}: {key} is a DTensor that is not placed as the parameter is; load whole "
+                    "tensors (full_tensor(), full_state_dict=True), or with torch.distributed.checkpoint"
+                )
         layout = self.layout(parameter, group)
         if not self.takes(parameter, group):
             if wrong := [key for key in own if key.endswith((".codes", ".scales"))]:
@@ -167,7 +178,8 @@ class FirstOrder(Optimizer):
 
         Raises:
             TypeError: a sparse gradient of a parameter with moments in codes; nothing has changed then.
-            ValueError: a group's settings were changed so that its state no longer fits; nothing has changed then.
+            ValueError: a group's settings were changed so that its state no longer fits, or a parameter that takes a
+                step of ours is a DTensor cut other than into rows; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -192,29 +204,31 @@ class FirstOrder(Optimizer):
             if group is not last:  # once for all of a group, for they may be on a device
                 last, numbers = group, _numbers(group)
             steps.append(self._step_of(index, parameter, numbers))
-        bad = kernels.take_steps(steps)
-        for (_, parameter, _), step, count in zip(ours, steps, bad, strict=True):
+        parameters = [parameter for _, parameter, _ in ours]
+        bad = shards.total(kernels.take_steps(steps), parameters)
+        for parameter, step, count in zip(parameters, steps, bad, strict=True):
             self.state[parameter]["step"] += 1
             self.state[parameter]["nonfinite"] += count
-            if not parameter.is_contiguous():
-                parameter.copy_(step.parameter.view_as(parameter))
+            here = shards.local(parameter)
+            if not here.is_contiguous():
+                here.copy_(step.parameter.view_as(here))
+        increment_version([p for p in parameters if isinstance(p, DTensor)])  # torch has seen their rows change only
         total = torch.stack([count.to(bad[0].device) for count in bad]).sum()
         self._watch(total.unsqueeze(0))
 
     def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
         own = self.create(parameter, group)
         count = int(own["step"]) + 1
-        gradient = parameter.grad
-        assert gradient is not None
+        gradient = shards.local(_placed_gradient(parameter))
         if gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             gradient = gradient.float()
         rows = _rows(parameter, group)
         return Step(
             self.rule,
-            parameter.detach().contiguous().view(rows),
+            shards.local(parameter).contiguous().view(rows),
             gradient.contiguous().view(rows),
             tuple(self._views(parameter, group, own)),
-            self.keys(index, group, count),
+            self._keys_here(index, parameter, group, count),
             {
                 "sign": -1.0 if group["maximize"] else 1.0,
                 "stochastic": bool(group["stochastic_rounding"]),
@@ -226,11 +240,18 @@ class FirstOrder(Optimizer):
         """What determines the rounding in a step of the parameter of this index."""
         return keys(int(group["seed"]), index, count)
 
+    def _keys_here(self, index: int, parameter: Tensor, group: Mapping[str, Any], count: int) -> Keys:
+        """Those for the numbers that this process has of the parameter."""
+        whole = self.keys(index, group, count)
+        if not isinstance(parameter, DTensor) or not parameter.dim():
+            return whole
+        return shifted(whole, shards.rows_here(parameter)[0] * parameter.shape[1:].numel())
+
     def _views(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> Iterable[Moment]:
         kept = self.kept(group)
         for name, kind in self.moments.items():
             if name in kept:
-                yield moment_form(parameter, group, kind).view(name, own, _rows(parameter, group))
+                yield moment_form(parameter, group, kind).view(name, shards.here(own), _rows(parameter, group))
             else:  # a rule without this moment is one with a moment that starts anew
                 yield zeros(*_rows(parameter, group), 32, parameter.device)
 
@@ -239,14 +260,17 @@ class FirstOrder(Optimizer):
         raise NotImplementedError
 
     def _step_others(self, ours: set[Tensor]) -> None:
-        """Torch's step, for all other parameters."""
+        """Torch's step, for all other parameters; those of each mesh apart, for torch's foreach does not mix them."""
         groups = self.param_groups
-        others = [{**group, "params": [p for p in group["params"] if p not in ours]} for group in groups]
-        if not any(p.grad is not None for group in others for p in group["params"]):
-            return
-        self.param_groups = others
+        others = [[p for p in group["params"] if p.grad is not None and p not in ours] for group in groups]
+        step = unhooked(super().step.__func__)  # type: ignore[attr-defined]
         try:
-            unhooked(super().step.__func__)(self)  # type: ignore[attr-defined]
+            for mesh in dict.fromkeys(shards.mesh_of(p) for params in others for p in params):
+                self.param_groups = [
+                    {**group, "params": [p for p in params if shards.mesh_of(p) == mesh]}
+                    for group, params in zip(groups, others, strict=True)
+                ]
+                step(self)
         finally:
             self.param_groups = groups
 
@@ -280,7 +304,9 @@ class FirstOrder(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict exactly: every tensor keeps its dtype and goes to its parameter's device.
 
-        That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes.
+        That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes. For
+        a parameter that is a DTensor, moments are DTensors placed as it is, or whole tensors, of which every process
+        takes its rows.
 
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
@@ -289,7 +315,7 @@ class FirstOrder(Optimizer):
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             given = self._from_torch(given)
             self.check_state_dict(given)
-            return sealed(given)
+            return sealed(self._placed(given))
 
         # As the last of the pre hooks, for the user's may change the state dict.
         seal = self.register_load_state_dict_pre_hook(prepare)
@@ -306,6 +332,14 @@ class FirstOrder(Optimizer):
             for group, saved in pairs
             for parameter, index in zip(group["params"], saved["params"], strict=True)
         }
+
+    def _placed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict that fits, with the moments placed as their parameters are."""
+        state = dict(state_dict["state"])
+        for index, (parameter, _) in self._places(state_dict).items():
+            if own := state.get(index):
+                state[index] = {k: v if k in _COUNTERS else shards.placed(v, parameter) for k, v in own.items()}
+        return {**state_dict, "state": state}
 
     def _from_torch(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict in which torch's moments are as this optimizer keeps them, and groups have all its keywords."""
@@ -337,8 +371,10 @@ class FirstOrder(Optimizer):
             moment, form = own[name], moment_form(parameter, group, kind)
             if moment.shape != parameter.shape:
                 raise ValueError(f"{where(index, parameter)}: its {name} in the state dict is {list(moment.shape)}")
-            parts = form.zeros(name, parameter.shape, moment.device)
-            form.write(name, parts, moment, self.keys(index, group, 0).moment)
+            layout = form.layout(name, parameter.shape)
+            parts = {key: shards.zeros(shape, dtype, parameter) for key, (shape, dtype) in layout.items()}
+            key = self._keys_here(index, parameter, group, 0).moment
+            form.write(name, shards.here(parts), shards.local(shards.placed(moment, parameter)), key)
             encoded |= parts
         return encoded
 
@@ -380,18 +416,38 @@ def _number(value: Any) -> Any:
 
 
 def _rows(parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
-    """How our step views a parameter; any rows would do where nothing is coded, and short ones waste a block each."""
+    """How our step views what this process has of a parameter.
+
+    Any rows would do where nothing is coded, and short ones waste a block each.
+    """
     coded = moment_form(parameter, group, "signed").bits < 32
-    return rows_of(parameter.shape) if coded else (1, parameter.numel())
+    here = shards.local(parameter).shape
+    return rows_of(here) if coded else (1, here.numel())
+
+
+def _placed_gradient(parameter: Tensor) -> Tensor:
+    """The gradient, with its rows where the parameter's are."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(parameter, DTensor) and not shards.alike(gradient, parameter):
+        assert isinstance(gradient, DTensor)
+        return gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return gradient
 
 
 def _check_tensors(index: int, parameter: Tensor) -> None:
     """Raise TypeError unless a parameter and its gradient can take a step of ours."""
     assert parameter.grad is not None
-    if is_traceable_wrapper_subclass(parameter):
+    if isinstance(parameter, DTensor) and not shards.in_rows(parameter):
+        raise ValueError(
+            f"{where(index, parameter)} is a DTensor placed as {parameter.placements}; moments of few bits, and those "
+            "of bfloat16 and float16 parameters, are kept in whole rows: on every dim of the mesh Shard(0) or "
+            "Replicate(), as fully_shard does. Place it so; or, if it is float32, give its group bits=32"
+        )
+    if is_traceable_wrapper_subclass(here := shards.local(parameter)):
         raise TypeError(
-            f"{where(index, parameter)} is a {type(parameter).__qualname__}; moments of few bits are kept of plain "
-            "tensors only so far: give its group bits=32"
+            f"{where(index, parameter)} is a {type(here).__qualname__}; moments of few bits are kept of plain tensors "
+            "and of DTensors of them: give its group bits=32"
         )
     if parameter.grad.layout != torch.strided:
         raise TypeError(
