@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 def local(x: Tensor) -> Tensor:
     """What this process has of a tensor; writing to it writes to the tensor."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def here(own: Mapping[str, Tensor]) -> dict[str, Tensor]:

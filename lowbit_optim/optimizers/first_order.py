@@ -225,9 +225,9 @@ class FirstOrder(Optimizer):
         rows = _rows(parameter, group)
         return Step(
             self.rule,
-            shards.local(parameter).contiguous().view(rows),
+            shards.local(parameter).detach().contiguous().view(rows),
             gradient.contiguous().view(rows),
-            tuple(self._views(parameter, group, own)),
+            tuple(self._views(parameter, group, shards.here(own), rows)),
             self._keys_here(index, parameter, group, count),
             {
                 "sign": -1.0 if group["maximize"] else 1.0,
@@ -247,13 +247,15 @@ class FirstOrder(Optimizer):
             return whole
         return shifted(whole, shards.rows_here(parameter)[0] * parameter.shape[1:].numel())
 
-    def _views(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> Iterable[Moment]:
+    def _views(
+        self, parameter: Tensor, group: Group, own: dict[str, Any], rows: tuple[int, int]
+    ) -> Iterable[Moment]:
         kept = self.kept(group)
         for name, kind in self.moments.items():
             if name in kept:
-                yield moment_form(parameter, group, kind).view(name, shards.here(own), _rows(parameter, group))
+                yield moment_form(parameter, group, kind).view(name, own, rows)
             else:  # a rule without this moment is one with a moment that starts anew
-                yield zeros(*_rows(parameter, group), 32, parameter.device)
+                yield zeros(*rows, 32, parameter.device)
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
         """The keywords of the rule in a parameter's step of this number."""
