@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lowbit_optim import shards
-from lowbit_optim.optimizers.first_order import FirstOrder, Group, moment_form
+from lowbit_optim.optimizers.first_order import FirstOrder, Group
+from lowbit_optim.optimizers.moments import moment_form
 
 
 class Adagrad(FirstOrder, torch.optim.Adagrad):

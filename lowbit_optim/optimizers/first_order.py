@@ -9,10 +9,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit_optim import kernels, shards
 from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, shifted, zeros
+from lowbit_optim.optimizers.moments import (
+    COUNTERS,
+    REFUSED,
+    check_group_of_moments,
+    check_step,
+    moment_bits,
+    moment_form,
+    placed_gradient,
+    rows_to_step,
+)
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.state import (
     LISTED_TWICE,
@@ -26,8 +35,7 @@ from lowbit_optim.optimizers.state import (
     where,
 )
 from lowbit_optim.optimizers.watch import Watch
-from lowbit_optim.storage.blockwise import rows_of
-from lowbit_optim.storage.small_floats import MOMENT_BITS, Layout, SmallFloats, has_codes
+from lowbit_optim.storage.small_floats import Layout
 
 Group = dict[str, Any]
 
@@ -35,13 +43,6 @@ _TROUBLES = (
     "%d numbers of gradients were not finite and counted as zero; state[p]['nonfinite'] counts them. This is said "
     "once.",
 )
-_COUNTERS = ("step", "nonfinite")
-# Options of torch's optimizers that moments in codes do not have.
-_REFUSED = {
-    "amsgrad": "keeps a running maximum, which rounding at random would raise step by step",
-    "capturable": "would keep the step count on the device, and the host decides how codes are rounded",
-    "differentiable": "would need a gradient of rounding",
-}
 
 
 class FirstOrder(Optimizer):
@@ -93,7 +94,7 @@ class FirstOrder(Optimizer):
 
     def takes(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the parameter takes a step of ours."""
-        low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in _REFUSED)
+        low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in REFUSED)
         return low or (bool(self.kept(group)) and moment_form(parameter, group, "signed").bits < 32)
 
     def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
@@ -123,7 +124,7 @@ class FirstOrder(Optimizer):
         own = self.state[parameter]
         if not own:
             layout = self.layout(parameter, group)
-            for key in _COUNTERS:
+            for key in COUNTERS:
                 shape, dtype = layout.pop(key)
                 own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
             own.update({key: shards.zeros(shape, dtype, parameter) for key, (shape, dtype) in layout.items()})
@@ -177,7 +178,8 @@ class FirstOrder(Optimizer):
             closure: evaluated first, with gradients enabled; its value is returned.
 
         Raises:
-            TypeError: a sparse gradient of a parameter with moments in codes; nothing has changed then.
+            TypeError: a gradient that is sparse, or on another device mesh than its parameter, which takes a step of
+                ours; nothing has changed then.
             ValueError: a group's settings were changed so that its state no longer fits, or a parameter that takes a
                 step of ours is a DTensor cut other than into rows; nothing has changed then.
         """
@@ -190,7 +192,7 @@ class FirstOrder(Optimizer):
             if parameter.grad is not None:
                 self.check_state(index, parameter, group, self.state.get(parameter, {}))
                 if self.takes(parameter, group):
-                    _check_tensors(index, parameter)
+                    check_step(index, parameter)
                     ours.append((index, parameter, group))
         self._step_ours(ours)
         self._step_others({parameter for _, parameter, _ in ours})
@@ -219,10 +221,10 @@ class FirstOrder(Optimizer):
     def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
         own = self.create(parameter, group)
         count = int(own["step"]) + 1
-        gradient = shards.local(_placed_gradient(parameter))
+        gradient = shards.local(placed_gradient(parameter))
         if gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             gradient = gradient.float()
-        rows = _rows(parameter, group)
+        rows = rows_to_step(parameter, group)
         return Step(
             self.rule,
             shards.local(parameter).detach().contiguous().view(rows),
@@ -247,9 +249,7 @@ class FirstOrder(Optimizer):
             return whole
         return shifted(whole, shards.rows_here(parameter)[0] * parameter.shape[1:].numel())
 
-    def _views(
-        self, parameter: Tensor, group: Group, own: dict[str, Any], rows: tuple[int, int]
-    ) -> Iterable[Moment]:
+    def _views(self, parameter: Tensor, group: Group, own: dict[str, Any], rows: tuple[int, int]) -> Iterable[Moment]:
         kept = self.kept(group)
         for name, kind in self.moments.items():
             if name in kept:
@@ -340,7 +340,7 @@ class FirstOrder(Optimizer):
         state = dict(state_dict["state"])
         for index, (parameter, _) in self._places(state_dict).items():
             if own := state.get(index):
-                state[index] = {k: v if k in _COUNTERS else shards.placed(v, parameter) for k, v in own.items()}
+                state[index] = {k: v if k in COUNTERS else shards.placed(v, parameter) for k, v in own.items()}
         return {**state_dict, "state": state}
 
     def _from_torch(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -395,17 +395,6 @@ class FirstOrder(Optimizer):
         return {**super().__getstate__(), "_keywords": self._keywords, "_watch": copy.copy(self._watch)}
 
 
-def moment_bits(group: Mapping[str, Any]) -> int:
-    """How many bits a group asks for; as a base's group it has the bits of factors, too."""
-    return group.get("base_bits", group["bits"])
-
-
-def moment_form(parameter: Tensor, group: Mapping[str, Any], kind: str) -> SmallFloats:
-    """How a group keeps a moment of this kind of a parameter."""
-    coded = has_codes(parameter.shape, parameter.dtype, group["min_quant_size"])
-    return SmallFloats(kind, moment_bits(group) if coded else 32)
-
-
 def _numbers(group: Group) -> Group:
     """A group's settings, with numbers in the place of tensors."""
     return {key: _number(value) for key, value in group.items() if key not in ("params", "param_names")}
@@ -415,58 +404,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_number, value))
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _rows(parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
-    """How our step views what this process has of a parameter.
-
-    Any rows would do where nothing is coded, and short ones waste a block each.
-    """
-    coded = moment_form(parameter, group, "signed").bits < 32
-    here = shards.local(parameter).shape
-    return rows_of(here) if coded else (1, here.numel())
-
-
-def _placed_gradient(parameter: Tensor) -> Tensor:
-    """The gradient, with its rows where the parameter's are."""
-    gradient = parameter.grad
-    assert gradient is not None
-    if isinstance(parameter, DTensor) and not shards.alike(gradient, parameter):
-        assert isinstance(gradient, DTensor)
-        return gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return gradient
-
-
-def _check_tensors(index: int, parameter: Tensor) -> None:
-    """Raise TypeError unless a parameter and its gradient can take a step of ours."""
-    assert parameter.grad is not None
-    if isinstance(parameter, DTensor) and not shards.in_rows(parameter):
-        raise ValueError(
-            f"{where(index, parameter)} is a DTensor placed as {parameter.placements}; moments of few bits, and those "
-            "of bfloat16 and float16 parameters, are kept in whole rows: on every dim of the mesh Shard(0) or "
-            "Replicate(), as fully_shard does. Place it so; or, if it is float32, give its group bits=32"
-        )
-    if is_traceable_wrapper_subclass(here := shards.local(parameter)):
-        raise TypeError(
-            f"{where(index, parameter)} is a {type(here).__qualname__}; moments of few bits are kept of plain tensors "
-            "and of DTensors of them: give its group bits=32"
-        )
-    if parameter.grad.layout != torch.strided:
-        raise TypeError(
-            f"{where(index, parameter)} has a gradient that is {parameter.grad.layout}; moments in codes need a dense "
-            "one: build the embedding with sparse=False, or give its group bits=32"
-        )
-
-
-def check_group_of_moments(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group's settings of moments, or two of them together, cannot be."""
-    name = "base_bits" if "base_bits" in group else "bits"
-    bits = moment_bits(group)
-    if not isinstance(bits, int) or bits not in MOMENT_BITS:
-        raise ValueError(f"{name} is {bits!r}; moments have one of {', '.join(map(str, MOMENT_BITS))} bits")
-    for option, why in _REFUSED.items():
-        if bits < 32 and group.get(option):
-            raise ValueError(f"{option}=True {why}: it needs {name}=32")
-    for key in {"min_quant_size", "seed"} & group.keys():
-        if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
-            raise ValueError(f"{key} is {group[key]!r}; it must be an integer of at least 0")

@@ -169,7 +169,8 @@ def _moments(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> 
     coded = [shape.numel() for key, (shape, _) in kept.items() if key.endswith(".codes")]
     if coded:
         return f"{8 * coded[0] // parameter.numel()} bits"
-    plain = {dtype.itemsize * 8 for key, (shape, dtype) in kept.items() if shape == parameter.shape and key != "step"}
+    numbers = [dtype for key, (shape, dtype) in kept.items() if shape == parameter.shape and key not in _COUNTERS]
+    plain = {dtype.itemsize * 8 for dtype in numbers}
     said = f"{max(plain)} bits" if plain else "none"
     return said + _why_not(parameter, bits, group.get("min_quant_size", 0)) if plain else said
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lowbit_optim import SGD, Adagrad, AdamW
@@ -230,12 +230,17 @@ class Net(nn.Module):
 
 def check_fully_shard(rank, world):
     """A model of FSDP2; every rank has a batch of its own. One process takes the gradients that come out."""
-    for dtype in DTYPES:
+    offload = CPUOffloadPolicy(pin_memory=False)
+    for dtype, policy in (
+        (torch.float32, OffloadPolicy()),
+        (torch.bfloat16, OffloadPolicy()),
+        (torch.float32, offload),
+    ):
         torch.manual_seed(0)
         model = Net().to(dtype)
         plain = copy.deepcopy(model)
         for layer in (model.hidden, model):
-            fully_shard(layer)
+            fully_shard(layer, offload_policy=policy)
         make = maker(bits=4)
         optimizer, reference = make(model.parameters()), make(plain.parameters())
         for step in range(6):
@@ -431,6 +436,26 @@ def check_what_is_refused(rank, world):
         if placement == Shard(1):  # as the message says
             optimizer.step()
             assert not model.second.to_local().equal(start.conv)
+
+
+def check_a_plain_gradient_is_refused(rank, world):
+    mesh = mesh_of(*range(world))
+    model = sharded(plain_model(), mesh)
+    fill_gradients(model, 0)
+    model.tall.grad = random(130, 64)
+    optimizer = maker(bits=4)(model.parameters())
+    with pytest.raises(TypeError, match=r"parameter 2 .* and its gradient are not on the same device mesh"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def check_autograd_sees_the_step(rank, world):
+    parameter = nn.Parameter(shard(random(40, 64), mesh_of(*range(world))))
+    loss = (parameter * parameter).sum()
+    parameter.grad = torch.ones_like(parameter)
+    AdamW([parameter], min_quant_size=0).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def check_state_dicts_that_do_not_fit(rank, world):

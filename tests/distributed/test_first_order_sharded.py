@@ -25,6 +25,8 @@ CHECKS = (
     "state_dicts_of_the_live_state",
     "a_run_of_torch_goes_on_in_codes",
     "what_is_refused",
+    "a_plain_gradient_is_refused",
+    "autograd_sees_the_step",
     "state_dicts_that_do_not_fit",
 )
 
@@ -44,11 +46,11 @@ def run(rank, world, folder):
         except Exception:
             found[name] = traceback.format_exc()
         store.set(f"{name} {rank}", "failed" if found[name] else "passed")
-        if any(store.get(f"{name} {other}") == b"failed" for other in range(world)):
-            break  # others may be waiting in a collective of it
+        # A process that has failed ends, and what others wait for with it.
+        if found[name] or any(store.get(f"{name} {other}") == b"failed" for other in range(world)):
+            break
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
