@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 def local(x: Tensor) -> Tensor:
@@ -37,26 +37,21 @@ def in_rows(x: DTensor) -> bool:
     return all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in x.placements)
 
 
-def rows_here(x: Tensor) -> tuple[int, int]:
-    """The first row of a tensor ``in_rows`` that is here, and the one after the last."""
+def first_row(x: DTensor) -> int:
+    """Which row of a tensor ``in_rows`` is the first that is here; of one without rows here any."""
     first, last = 0, x.shape[0]
-    if isinstance(x, DTensor):
-        place = x.device_mesh.get_coordinate()
-        assert place is not None
-        for placement, size, rank in zip(x.placements, x.device_mesh.shape, place, strict=True):
-            if placement.is_shard():  # as torch.chunk divides them
-                each = -(-(last - first) // size)
-                first, last = min(first + rank * each, last), min(first + (rank + 1) * each, last)
-    return first, last
+    place = x.device_mesh.get_coordinate()
+    assert place is not None
+    for placement, size, rank in zip(x.placements, x.device_mesh.shape, place, strict=True):
+        if placement.is_shard():  # as torch.chunk divides them
+            each = -(-(last - first) // size)
+            first, last = min(first + rank * each, last), min(first + (rank + 1) * each, last)
+    return first
 
 
-def like(rows: Tensor, shape: torch.Size, other: Tensor) -> Tensor:
-    """What this process has of a tensor of a shape as such a tensor: a DTensor, if the other one is, placed as that.
-
-    Args:
-        rows: as many as the process has of the other tensor.
-        shape: of the whole, which has as many rows as the other one.
-    """
+def zeros(shape: torch.Size, dtype: torch.dtype, other: Tensor) -> Tensor:
+    """Zeros on the device of another tensor, of a shape with as many rows, placed as it is."""
+    rows = torch.zeros((*local(other).shape[:1], *shape[1:]), dtype=dtype, device=other.device)
     if not isinstance(other, DTensor):
         return rows
     stride = torch.empty(shape, device="meta").stride()
@@ -64,17 +59,12 @@ def like(rows: Tensor, shape: torch.Size, other: Tensor) -> Tensor:
     return whole.to(rows.device)  # from_local has moved what is offloaded to the mesh's device
 
 
-def zeros(shape: torch.Size, dtype: torch.dtype, other: Tensor) -> Tensor:
-    """Zeros of a shape, placed ``like`` the other tensor and on its device."""
-    rows = (*local(other).shape[:1], *shape[1:])
-    return like(torch.zeros(rows, dtype=dtype, device=other.device), shape, other)
-
-
 def placed(x: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor placed ``like`` the other one, without a copy of the rows; a DTensor as it is."""
+    """A whole tensor, the same on all processes, placed as the other one is; a DTensor as it is."""
     if isinstance(x, DTensor) or not isinstance(other, DTensor):
         return x
-    return like(x[slice(*rows_here(other))] if x.dim() else x, x.shape, other)
+    whole = distribute_tensor(x.detach(), other.device_mesh, other.placements, src_data_rank=None)
+    return whole.to(x.device)
 
 
 def total(counts: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:

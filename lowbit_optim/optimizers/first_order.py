@@ -16,6 +16,8 @@ from lowbit_optim.optimizers.moments import (
     COUNTERS,
     REFUSED,
     check_group_of_moments,
+    check_placed,
+    check_rows,
     check_step,
     moment_bits,
     moment_form,
@@ -136,12 +138,7 @@ class FirstOrder(Optimizer):
         """Raise ValueError if what is there of a parameter's state is not what its group's settings ask for."""
         if not own:
             return
-        for key, value in own.items():
-            if isinstance(value, DTensor) and not shards.alike(value, parameter):
-                raise ValueError(
-                    f"{where(index, parameter)}: {key} is a DTensor that is not placed as the parameter is; load whole "
-                    "tensors (full_tensor(), full_state_dict=True), or with torch.distributed.checkpoint"
-                )
+        check_placed(index, parameter, own)
         layout = self.layout(parameter, group)
         if not self.takes(parameter, group):
             if wrong := [key for key in own if key.endswith((".codes", ".scales"))]:
@@ -247,7 +244,7 @@ class FirstOrder(Optimizer):
         whole = self.keys(index, group, count)
         if not isinstance(parameter, DTensor) or not parameter.dim():
             return whole
-        return shifted(whole, shards.rows_here(parameter)[0] * parameter.shape[1:].numel())
+        return shifted(whole, shards.first_row(parameter) * parameter.shape[1:].numel())
 
     def _views(self, parameter: Tensor, group: Group, own: dict[str, Any], rows: tuple[int, int]) -> Iterable[Moment]:
         kept = self.kept(group)
@@ -362,6 +359,8 @@ class FirstOrder(Optimizer):
 
     def _encoded(self, index: int, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> dict[str, Any]:
         """Torch's state of a parameter as it is kept here."""
+        check_rows(index, parameter)
+        check_placed(index, parameter, own)
         kept = self.kept(group)
         if missing := [name for name in kept if not isinstance(own.get(name), Tensor)]:
             raise ValueError(f"{where(index, parameter)}: the state dict lacks {', '.join(missing)}")

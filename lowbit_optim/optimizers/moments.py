@@ -53,15 +53,30 @@ def placed_gradient(parameter: Tensor) -> Tensor:
     return gradient
 
 
-def check_step(index: int, parameter: Tensor) -> None:
-    """Raise ValueError or TypeError unless a parameter and its gradient can take a step of ours."""
-    assert parameter.grad is not None
+def check_placed(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None:
+    """Raise ValueError if a DTensor of a parameter's state is not placed as the parameter is."""
+    for key, value in own.items():
+        if isinstance(value, DTensor) and not shards.alike(value, parameter):
+            raise ValueError(
+                f"{where(index, parameter)}: {key} is a DTensor that is not placed as the parameter is; load whole "
+                "tensors (full_tensor(), full_state_dict=True), or with torch.distributed.checkpoint"
+            )
+
+
+def check_rows(index: int, parameter: Tensor) -> None:
+    """Raise ValueError if a parameter is a DTensor of which no process has whole rows."""
     if isinstance(parameter, DTensor) and not shards.in_rows(parameter):
         raise ValueError(
             f"{where(index, parameter)} is a DTensor placed as {parameter.placements}; moments of few bits, and those "
             "of bfloat16 and float16 parameters, are kept in whole rows: on every dim of the mesh Shard(0) or "
             "Replicate(), as fully_shard does. Place it so; or, if it is float32, give its group bits=32"
         )
+
+
+def check_step(index: int, parameter: Tensor) -> None:
+    """Raise ValueError or TypeError unless a parameter and its gradient can take a step of ours."""
+    assert parameter.grad is not None
+    check_rows(index, parameter)
     if is_traceable_wrapper_subclass(here := shards.local(parameter)):
         raise TypeError(
             f"{where(index, parameter)} is a {type(here).__qualname__}; moments of few bits are kept of plain tensors "

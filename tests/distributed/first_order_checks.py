@@ -458,6 +458,23 @@ def check_autograd_sees_the_step(rank, world):
         loss.backward()
 
 
+def check_columns_keep_32_bits(rank, world):
+    """Torch's step takes them, and whole tensors are loaded as columns; codes of what torch has are refused."""
+    mesh = mesh_of(*range(world))
+    plain = plain_model()
+    wide, whole = model_of({"wide": shard(plain.conv, mesh, [Shard(1)])}), model_of({"wide": plain.conv})
+    optimizer, reference = (maker(bits=32)(one.parameters()) for one in (wide, whole))
+    train(wide, optimizer, range(2))
+    train(whole, reference, range(2))
+    other = maker(bits=32)(wide.parameters())
+    other.load_state_dict(reference.state_dict())
+    assert_same(wide, other, whole, reference)
+    theirs = torch.optim.AdamW(whole.parameters())
+    train(whole, theirs, range(1))
+    with pytest.raises(ValueError, match=r"parameter 0 .*Shard\(dim=1\)"):
+        maker(bits=4)(wide.parameters()).load_state_dict(theirs.state_dict())
+
+
 def check_state_dicts_that_do_not_fit(rank, world):
     mesh = mesh_of(*range(world))
     model, optimizer, plain, reference = twins(maker(bits=4), mesh)
@@ -473,6 +490,10 @@ def check_state_dicts_that_do_not_fit(rank, world):
         with pytest.raises(ValueError, match=said):
             optimizer.load_state_dict(given)
         assert_same(model, optimizer, plain, reference)
-    with pytest.raises(ValueError, match="is a DTensor that is not placed as the parameter is; load whole tensors"):
-        reference.load_state_dict(optimizer.state_dict())
+    theirs = torch.optim.AdamW(model.parameters())
+    train(model, theirs, range(1))
+    for state in (optimizer.state_dict(), theirs.state_dict()):
+        with pytest.raises(ValueError, match="is a DTensor that is not placed as the parameter is; load whole tensors"):
+            reference.load_state_dict(state)
+    train(plain, torch.optim.AdamW(plain.parameters()), range(1))
     assert_same(model, optimizer, plain, reference)

@@ -24,6 +24,7 @@ CHECKS = (
     "every_kind_of_state_dict",
     "state_dicts_of_the_live_state",
     "a_run_of_torch_goes_on_in_codes",
+    "columns_keep_32_bits",
     "what_is_refused",
     "a_plain_gradient_is_refused",
     "autograd_sees_the_step",
