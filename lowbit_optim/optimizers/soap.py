@@ -9,7 +9,7 @@ from torch import Tensor
 from lowbit_optim.blocking import Blocking, Stack
 from lowbit_optim.kernels.first_order import keys
 from lowbit_optim.linalg import full_precision
-from lowbit_optim.optimizers.moments import moment_form
+from lowbit_optim.optimizers.first_order import moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
 from lowbit_optim.preconditioners.buckets import Due, Forms
