@@ -9,22 +9,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import heapq
-import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Rectangle, blocking
+from lowbit_optim.shards import is_dtensor, local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Run = tuple[int, int]  # the first, and the last + 1
@@ -105,17 +104,6 @@ def chunks(count: int, ranks: int) -> Runs:
 
 
 # ---- the rows that a rank has ----------------------------------------------------------------------------------------
-
-
-def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Whether it is one; without importing what only programs with DTensors need."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def local(x: Tensor) -> Tensor:
-    """What this rank has of a tensor; writing to it writes to the tensor."""
-    return x.to_local() if is_dtensor(x) else x
 
 
 class _Rows:
@@ -296,8 +284,12 @@ class Team:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
-    def agree(self, described: dict[str, Any], device: torch.device) -> None:
-        """Raise RuntimeError, on every rank, unless what is described has the same ``repr`` on all of them."""
+    def agree(self, described: dict[str, Any], device: torch.device, problem: Exception | None = None) -> None:
+        """Raise RuntimeError, on every rank, unless what is described has the same ``repr`` on all of them.
+
+        Args:
+            problem: what this rank has found wrong, which it raises when the others know.
+        """
         codes = [zlib.crc32(repr(value).encode()) for value in described.values()]
         own = torch.tensor(codes, device=self._device_of_checks(device))
         out = own.new_empty(self.size * len(codes))
@@ -307,12 +299,16 @@ class Team:
             if len({codes[i] for codes in found}) > 1:
                 values: list[Any] = [None] * self.size
                 dist.all_gather_object(values, repr(value), group=self.group)
+                if problem is not None:
+                    raise problem
                 other = next(rank for rank, x in enumerate(values) if x != values[0])
                 raise RuntimeError(
                     f"the processes that share this optimizer's blocks do not agree on {what}: rank 0 has "
                     f"{_around_difference(values[0], values[other])}, rank {other} "
                     f"{_around_difference(values[other], values[0])}. Nothing has changed; make it the same"
                 )
+        if problem is not None:
+            raise problem
 
     def _device_of_checks(self, device: torch.device) -> torch.device:
         """Where a few numbers are compared: on the CPU if the group can, for then no device is waited for."""
