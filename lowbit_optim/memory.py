@@ -224,7 +224,7 @@ def _parameter(shape: Any, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(_like(shape))
     if not isinstance(shape, tuple | list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise TypeError(f"{shape!r} is no shape: a tuple of integers")
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"))
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
