@@ -43,6 +43,7 @@ LINES = {
 }
 FRACTION = {4: 1, 8: 4}
 _WORD = 0xFFFFFFFF
+_SPREAD = 0x9E3779B1
 _MAX = torch.finfo(torch.float32).max
 _LARGE = 2.0**100
 
@@ -72,6 +73,11 @@ def keys(seed: int, parameter: int, step: int) -> Keys:
     return Keys(*(_mix64(mixed + use) & _WORD for use in range(2)))
 
 
+def shifted(keys: Keys, by: int) -> Keys:
+    """The keys for a part of a parameter, whose first number has the index ``by`` in it."""
+    return Keys(*((key + by * _SPREAD) & _WORD for key in keys))
+
+
 def _mix64(x: int) -> int:
     """The finalizer of SplitMix64."""
     word = (1 << 64) - 1
@@ -84,7 +90,7 @@ def _mix64(x: int) -> int:
 def random_bits(key: int, shape: torch.Size, device: torch.device) -> Tensor:
     """32 random bits for each number of a parameter [rows, n], int64: MurmurHash3's finalizer of key and index."""
     index = torch.arange(shape.numel(), device=device).view(shape) & _WORD
-    x = (index * 0x9E3779B1 + key) & _WORD
+    x = (index * _SPREAD + key) & _WORD
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
     return x ^ (x >> 16)

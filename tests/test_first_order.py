@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lowbit_optim import KFAC, SGD, SOAP, Adagrad, AdamW, Shampoo, load_checkpoint, save_checkpoint
-from lowbit_optim.optimizers.first_order import moment_form
+from lowbit_optim.optimizers.moments import moment_form
 from tests.contract import backward, copies, follow, net, random, same, same_models, train
 
 SHAPE = (48, 200)  # a block of 128 numbers and a short one in every row, and more than 4096 numbers
@@ -519,6 +519,11 @@ def test_writes_are_seen_by_autograd():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_number_in_bfloat16_is_reported_with_its_bits():
+    optimizer = AdamW([parameter(torch.bfloat16, ())])
+    assert "0          scalar  32 bits" in optimizer.report()
 
 
 def test_vectors_in_bfloat16_are_long_rows():

@@ -87,6 +87,26 @@ def test_row_lengths(bits, n):
     train("sgd", normal(1, n).bfloat16(), [normal(1, n, seed=1)], bits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_apart_take_the_step_of_all_of_them(bits):
+    """With the keys of their place."""
+    parameter, gradient = normal(5, 300).bfloat16(), normal(5, 300, seed=1)
+    moments, keys = zeros("adamw", 5, 300, bits), first_order.keys(0, 0, 1)
+    parts = []
+    for first, last in [(0, 2), (2, 4), (4, 5), (5, 5)]:
+        own = tuple(Moment(m.bits, *(None if t is None else t[first:last] for t in m[1:])) for m in moments)
+        keys_here = first_order.shifted(keys, first * 300)
+        parts.append(
+            on_device(Step("adamw", parameter[first:last], gradient[first:last], own, keys_here, SETTINGS["adamw"]))
+        )
+    gpu.take(parts)
+    first_order.take([Step("adamw", parameter, gradient, moments, keys, SETTINGS["adamw"])])
+    same(torch.cat([part.parameter for part in parts]), parameter)
+    for i, m in enumerate(moments):
+        for j in (2, 3):
+            same(torch.cat([part.moments[i][j] for part in parts]), m[j])
+
+
 @pytest.mark.parametrize(
     ("rule", "changed"),
     [

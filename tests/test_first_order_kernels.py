@@ -26,6 +26,7 @@ from lowbit_optim.kernels.first_order import (
     keys,
     largest,
     random_bits,
+    shifted,
     write_parameter,
     zeros,
 )
@@ -206,6 +207,29 @@ def test_steps_of_a_batch_do_not_touch_each_other(backend):
     assert backend.take([]) == []
 
 
+@pytest.mark.parametrize("backend", [first_order, *BACKENDS.values()], ids=["specification", *BACKENDS])
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_rows_apart_take_the_step_of_all_of_them(backend, rule, bits):
+    """With the keys of their place; parts without rows, too."""
+    whole = steps_of(rule, torch.bfloat16, bits, 7, 300, nasty, count=3)
+    apart = copied(whole[0])
+    for step in whole:
+        parts = [
+            apart._replace(
+                parameter=apart.parameter[first:last],
+                gradient=step.gradient[first:last],
+                moments=tuple(Moment(m.bits, *(None if x is None else x[first:last] for x in m[1:])) for m in apart[3]),
+                keys=shifted(step.keys, first * 300),
+            )
+            for first, last in [(0, 3), (3, 6), (6, 7), (7, 7)]
+        ]
+        bad, counts = backend.take([step]), backend.take(parts)
+        assert sum(count.item() for count in counts) == bad[0].item()
+        for name, x in tensors(step).items():
+            assert_same_bits(tensors(apart)[name], x, name)
+
+
 def test_autograd_sees_that_a_parameter_was_written():
     (step,) = steps_of("sgd", torch.float32, 8, 2, 40, ordinary, count=1)
     parameter = torch.nn.Parameter(step.parameter)
@@ -355,6 +379,21 @@ def test_where_nothing_can_be_kept_on_disk_kernels_compile_all_the_same(monkeypa
 
 
 # ------------------------------------------------------------------------------------------------- the specification
+
+
+@pytest.mark.parametrize("first", [0, 1, 700, 2**32 - 3, 2**32 + 700, 2**40 + 5])
+def test_random_bits_of_a_part(first):
+    """Those of the numbers with the same indices in the whole: by the definition in Python's integers."""
+
+    def murmur(x):
+        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+        return x ^ (x >> 16)
+
+    whole = keys(3, 1, 4)
+    for key, part in zip(whole, shifted(whole, first), strict=True):
+        expected = [murmur(((first + i) * 0x9E3779B1 + key) % 2**32) for i in range(10)]
+        assert random_bits(part, torch.Size((2, 5)), torch.device("cpu")).flatten().tolist() == expected
 
 
 def encoded(kind, bits, x, key=1):

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.caspr import CASPRPreconditioner
 from lowbit_optim.optimizers.ekfac import EKFACPreconditioner
-from lowbit_optim.optimizers.first_order import FirstOrder, moment_bits
+from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.kfac import KFACPreconditioner
+from lowbit_optim.optimizers.moments import moment_bits
 from lowbit_optim.optimizers.settings import BASES, LOW_BIT_BASES, base_name
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
 from lowbit_optim.optimizers.soap import SOAPPreconditioner

@@ -5,7 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.optimizers.first_order import FirstOrder, Group, moment_form
+from lowbit_optim import shards
+from lowbit_optim.optimizers.first_order import FirstOrder, Group
+from lowbit_optim.optimizers.moments import moment_form
 
 
 class Adagrad(FirstOrder, torch.optim.Adagrad):
@@ -61,8 +63,8 @@ class Adagrad(FirstOrder, torch.optim.Adagrad):
         new = not self.state[parameter]
         own = super().create(parameter, group)
         if new and group["initial_accumulator_value"]:
-            start = torch.full_like(parameter, group["initial_accumulator_value"], dtype=torch.float32)
-            moment_form(parameter, group, "unsigned").write("sum", own, start.contiguous(), 0)
+            start = torch.full_like(shards.local(parameter), group["initial_accumulator_value"], dtype=torch.float32)
+            moment_form(parameter, group, "unsigned").write("sum", shards.here(own), start.contiguous(), 0)
         return own
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:

@@ -28,6 +28,12 @@ class AdamW(FirstOrder, torch.optim.AdamW):
     float16 parameters have their moments in float32 then, and take steps in float32 (but with amsgrad, capturable or
     differentiable torch's own).
 
+    Parameters may be DTensors whose rows are divided among ranks (``fully_shard``, HSDP): moments are DTensors placed
+    as they are, and codes and parameters have the same bits on any number of ranks, so that a run may go on, through
+    ``torch.distributed.checkpoint``, on another. All ranks count numbers that are not finite together, in one small
+    collective of a step. Columns are not divided (RowwiseParallel), nor rows that tensor parallelism has divided before
+    FSDP; with ``bits=32`` a float32 parameter may be placed in any way that torch's own step takes.
+
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
         lr: learning rate. Default 1e-3.

@@ -6,11 +6,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowbit_optim import kernels
-from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, zeros
+from lowbit_optim import kernels, shards
+from lowbit_optim.kernels.first_order import Keys, Moment, Step, keys, shifted, zeros
+from lowbit_optim.optimizers.moments import (
+    COUNTERS,
+    REFUSED,
+    check_group_of_moments,
+    check_placed,
+    check_rows,
+    check_step,
+    moment_bits,
+    moment_form,
+    placed_gradient,
+    rows_to_step,
+)
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.state import (
     LISTED_TWICE,
@@ -24,8 +37,7 @@ from lowbit_optim.optimizers.state import (
     where,
 )
 from lowbit_optim.optimizers.watch import Watch
-from lowbit_optim.storage.blockwise import rows_of
-from lowbit_optim.storage.small_floats import MOMENT_BITS, Layout, SmallFloats, has_codes
+from lowbit_optim.storage.small_floats import Layout
 
 Group = dict[str, Any]
 
@@ -33,12 +45,6 @@ _TROUBLES = (
     "%d numbers of gradients were not finite and counted as zero; state[p]['nonfinite'] counts them. This is said "
     "once.",
 )
-# Options of torch's optimizers that moments in codes do not have.
-_REFUSED = {
-    "amsgrad": "keeps a running maximum, which rounding at random would raise step by step",
-    "capturable": "would keep the step count on the device, and the host decides how codes are rounded",
-    "differentiable": "would need a gradient of rounding",
-}
 
 
 class FirstOrder(Optimizer):
@@ -50,7 +56,7 @@ class FirstOrder(Optimizer):
 
     ``state[p]`` holds "step", each moment under the name that torch has for it (as codes: "<name>.codes" and
     "<name>.scales"), and, with a step of ours, "nonfinite": how many numbers of gradients were not finite and counted
-    as zero, int64.
+    as zero, int64. Moments of a DTensor are DTensors, placed as it is; the two counters are the same on all ranks.
     """
 
     rule: ClassVar[str]  # of ``kernels.first_order``
@@ -90,7 +96,7 @@ class FirstOrder(Optimizer):
 
     def takes(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether the parameter takes a step of ours."""
-        low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in _REFUSED)
+        low = parameter.dtype in (torch.bfloat16, torch.float16) and not any(group.get(key) for key in REFUSED)
         return low or (bool(self.kept(group)) and moment_form(parameter, group, "signed").bits < 32)
 
     def kept(self, group: Mapping[str, Any]) -> dict[str, str]:
@@ -120,8 +126,10 @@ class FirstOrder(Optimizer):
         own = self.state[parameter]
         if not own:
             layout = self.layout(parameter, group)
-            for key, (shape, dtype) in layout.items():
+            for key in COUNTERS:
+                shape, dtype = layout.pop(key)
                 own[key] = torch.zeros(shape, dtype=dtype, device="cpu" if key == "step" else parameter.device)
+            own.update({key: shards.zeros(shape, dtype, parameter) for key, (shape, dtype) in layout.items()})
         elif own["nonfinite"].device != parameter.device:  # the model was moved
             own.update({key: to_device(value, home(key, value, parameter, group, own)) for key, value in own.items()})
         return own
@@ -130,6 +138,7 @@ class FirstOrder(Optimizer):
         """Raise ValueError if what is there of a parameter's state is not what its group's settings ask for."""
         if not own:
             return
+        check_placed(index, parameter, own)
         layout = self.layout(parameter, group)
         if not self.takes(parameter, group):
             if wrong := [key for key in own if key.endswith((".codes", ".scales"))]:
@@ -166,8 +175,10 @@ class FirstOrder(Optimizer):
             closure: evaluated first, with gradients enabled; its value is returned.
 
         Raises:
-            TypeError: a sparse gradient of a parameter with moments in codes; nothing has changed then.
-            ValueError: a group's settings were changed so that its state no longer fits; nothing has changed then.
+            TypeError: a gradient that is sparse, or on another device mesh than its parameter, which takes a step of
+                ours; nothing has changed then.
+            ValueError: a group's settings were changed so that its state no longer fits, or a parameter that takes a
+                step of ours is a DTensor cut other than into rows; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -178,7 +189,7 @@ class FirstOrder(Optimizer):
             if parameter.grad is not None:
                 self.check_state(index, parameter, group, self.state.get(parameter, {}))
                 if self.takes(parameter, group):
-                    _check_tensors(index, parameter)
+                    check_step(index, parameter)
                     ours.append((index, parameter, group))
         self._step_ours(ours)
         self._step_others({parameter for _, parameter, _ in ours})
@@ -192,29 +203,31 @@ class FirstOrder(Optimizer):
             if group is not last:  # once for all of a group, for they may be on a device
                 last, numbers = group, _numbers(group)
             steps.append(self._step_of(index, parameter, numbers))
-        bad = kernels.take_steps(steps)
-        for (_, parameter, _), step, count in zip(ours, steps, bad, strict=True):
+        parameters = [parameter for _, parameter, _ in ours]
+        bad = shards.total(kernels.take_steps(steps), parameters)
+        for parameter, step, count in zip(parameters, steps, bad, strict=True):
             self.state[parameter]["step"] += 1
             self.state[parameter]["nonfinite"] += count
-            if not parameter.is_contiguous():
-                parameter.copy_(step.parameter.view_as(parameter))
+            here = shards.local(parameter)
+            if not here.is_contiguous():
+                here.copy_(step.parameter.view_as(here))
+        increment_version([p for p in parameters if isinstance(p, DTensor)])  # torch has seen their rows change only
         total = torch.stack([count.to(bad[0].device) for count in bad]).sum()
         self._watch(total.unsqueeze(0))
 
     def _step_of(self, index: int, parameter: Tensor, group: Group) -> Step:
         own = self.create(parameter, group)
         count = int(own["step"]) + 1
-        gradient = parameter.grad
-        assert gradient is not None
+        gradient = shards.local(placed_gradient(parameter))
         if gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             gradient = gradient.float()
-        rows = _rows(parameter, group)
+        rows = rows_to_step(parameter, group)
         return Step(
             self.rule,
-            parameter.detach().contiguous().view(rows),
+            shards.local(parameter).detach().contiguous().view(rows),
             gradient.contiguous().view(rows),
-            tuple(self._views(parameter, group, own)),
-            self.keys(index, group, count),
+            tuple(self._views(parameter, group, shards.here(own), rows)),
+            self._keys_here(index, parameter, group, count),
             {
                 "sign": -1.0 if group["maximize"] else 1.0,
                 "stochastic": bool(group["stochastic_rounding"]),
@@ -226,27 +239,37 @@ class FirstOrder(Optimizer):
         """What determines the rounding in a step of the parameter of this index."""
         return keys(int(group["seed"]), index, count)
 
-    def _views(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> Iterable[Moment]:
+    def _keys_here(self, index: int, parameter: Tensor, group: Mapping[str, Any], count: int) -> Keys:
+        """Those for the numbers that this process has of the parameter."""
+        whole = self.keys(index, group, count)
+        if not isinstance(parameter, DTensor) or not parameter.dim():
+            return whole
+        return shifted(whole, shards.first_row(parameter) * parameter.shape[1:].numel())
+
+    def _views(self, parameter: Tensor, group: Group, own: dict[str, Any], rows: tuple[int, int]) -> Iterable[Moment]:
         kept = self.kept(group)
         for name, kind in self.moments.items():
             if name in kept:
-                yield moment_form(parameter, group, kind).view(name, own, _rows(parameter, group))
+                yield moment_form(parameter, group, kind).view(name, own, rows)
             else:  # a rule without this moment is one with a moment that starts anew
-                yield zeros(*_rows(parameter, group), 32, parameter.device)
+                yield zeros(*rows, 32, parameter.device)
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:
         """The keywords of the rule in a parameter's step of this number."""
         raise NotImplementedError
 
     def _step_others(self, ours: set[Tensor]) -> None:
-        """Torch's step, for all other parameters."""
+        """Torch's step, for all other parameters; those of each mesh apart, for torch's foreach does not mix them."""
         groups = self.param_groups
-        others = [{**group, "params": [p for p in group["params"] if p not in ours]} for group in groups]
-        if not any(p.grad is not None for group in others for p in group["params"]):
-            return
-        self.param_groups = others
+        others = [[p for p in group["params"] if p.grad is not None and p not in ours] for group in groups]
+        step = unhooked(super().step.__func__)  # type: ignore[attr-defined]
         try:
-            unhooked(super().step.__func__)(self)  # type: ignore[attr-defined]
+            for mesh in dict.fromkeys(shards.mesh_of(p) for params in others for p in params):
+                self.param_groups = [
+                    {**group, "params": [p for p in params if shards.mesh_of(p) == mesh]}
+                    for group, params in zip(groups, others, strict=True)
+                ]
+                step(self)
         finally:
             self.param_groups = groups
 
@@ -280,7 +303,9 @@ class FirstOrder(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict exactly: every tensor keeps its dtype and goes to its parameter's device.
 
-        That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes.
+        That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes. For
+        a parameter that is a DTensor, moments are DTensors placed as it is, or whole tensors, of which every process
+        takes its rows.
 
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
@@ -289,7 +314,7 @@ class FirstOrder(Optimizer):
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             given = self._from_torch(given)
             self.check_state_dict(given)
-            return sealed(given)
+            return sealed(self._placed(given))
 
         # As the last of the pre hooks, for the user's may change the state dict.
         seal = self.register_load_state_dict_pre_hook(prepare)
@@ -306,6 +331,14 @@ class FirstOrder(Optimizer):
             for group, saved in pairs
             for parameter, index in zip(group["params"], saved["params"], strict=True)
         }
+
+    def _placed(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict that fits, with the moments placed as their parameters are."""
+        state = dict(state_dict["state"])
+        for index, (parameter, _) in self._places(state_dict).items():
+            if own := state.get(index):
+                state[index] = {k: v if k in COUNTERS else shards.placed(v, parameter) for k, v in own.items()}
+        return {**state_dict, "state": state}
 
     def _from_torch(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state dict in which torch's moments are as this optimizer keeps them, and groups have all its keywords."""
@@ -326,6 +359,8 @@ class FirstOrder(Optimizer):
 
     def _encoded(self, index: int, parameter: Tensor, group: Group, own: Mapping[str, Any]) -> dict[str, Any]:
         """Torch's state of a parameter as it is kept here."""
+        check_rows(index, parameter)
+        check_placed(index, parameter, own)
         kept = self.kept(group)
         if missing := [name for name in kept if not isinstance(own.get(name), Tensor)]:
             raise ValueError(f"{where(index, parameter)}: the state dict lacks {', '.join(missing)}")
@@ -337,8 +372,10 @@ class FirstOrder(Optimizer):
             moment, form = own[name], moment_form(parameter, group, kind)
             if moment.shape != parameter.shape:
                 raise ValueError(f"{where(index, parameter)}: its {name} in the state dict is {list(moment.shape)}")
-            parts = form.zeros(name, parameter.shape, moment.device)
-            form.write(name, parts, moment, self.keys(index, group, 0).moment)
+            layout = form.layout(name, parameter.shape)
+            parts = {key: shards.zeros(shape, dtype, parameter) for key, (shape, dtype) in layout.items()}
+            key = self._keys_here(index, parameter, group, 0).moment
+            form.write(name, shards.here(parts), shards.local(shards.placed(moment, parameter)), key)
             encoded |= parts
         return encoded
 
@@ -357,17 +394,6 @@ class FirstOrder(Optimizer):
         return {**super().__getstate__(), "_keywords": self._keywords, "_watch": copy.copy(self._watch)}
 
 
-def moment_bits(group: Mapping[str, Any]) -> int:
-    """How many bits a group asks for; as a base's group it has the bits of factors, too."""
-    return group.get("base_bits", group["bits"])
-
-
-def moment_form(parameter: Tensor, group: Mapping[str, Any], kind: str) -> SmallFloats:
-    """How a group keeps a moment of this kind of a parameter."""
-    coded = has_codes(parameter.shape, parameter.dtype, group["min_quant_size"])
-    return SmallFloats(kind, moment_bits(group) if coded else 32)
-
-
 def _numbers(group: Group) -> Group:
     """A group's settings, with numbers in the place of tensors."""
     return {key: _number(value) for key, value in group.items() if key not in ("params", "param_names")}
@@ -377,38 +403,3 @@ def _number(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_number, value))
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _rows(parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
-    """How our step views a parameter; any rows would do where nothing is coded, and short ones waste a block each."""
-    coded = moment_form(parameter, group, "signed").bits < 32
-    return rows_of(parameter.shape) if coded else (1, parameter.numel())
-
-
-def _check_tensors(index: int, parameter: Tensor) -> None:
-    """Raise TypeError unless a parameter and its gradient can take a step of ours."""
-    assert parameter.grad is not None
-    if is_traceable_wrapper_subclass(parameter):
-        raise TypeError(
-            f"{where(index, parameter)} is a {type(parameter).__qualname__}; moments of few bits are kept of plain "
-            "tensors only so far: give its group bits=32"
-        )
-    if parameter.grad.layout != torch.strided:
-        raise TypeError(
-            f"{where(index, parameter)} has a gradient that is {parameter.grad.layout}; moments in codes need a dense "
-            "one: build the embedding with sparse=False, or give its group bits=32"
-        )
-
-
-def check_group_of_moments(group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group's settings of moments, or two of them together, cannot be."""
-    name = "base_bits" if "base_bits" in group else "bits"
-    bits = moment_bits(group)
-    if not isinstance(bits, int) or bits not in MOMENT_BITS:
-        raise ValueError(f"{name} is {bits!r}; moments have one of {', '.join(map(str, MOMENT_BITS))} bits")
-    for option, why in _REFUSED.items():
-        if bits < 32 and group.get(option):
-            raise ValueError(f"{option}=True {why}: it needs {name}=32")
-    for key in {"min_quant_size", "seed"} & group.keys():
-        if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
-            raise ValueError(f"{key} is {group[key]!r}; it must be an integer of at least 0")

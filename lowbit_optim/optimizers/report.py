@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lowbit_optim import shards
 from lowbit_optim.optimizers.state import BASE, lent
 from lowbit_optim.preconditioners.buckets import SIDES
 
@@ -125,7 +126,7 @@ def report(optimizer: Optimizer, treated: dict[Tensor, str] | None = None) -> st
 
     Returns:
         Lines of plain text: one for each parameter, then totals by kind. Bytes are those of the state as it is: 0
-        before the first step.
+        before the first step. Those of DTensors, and their bytes for each number, are of what this process has.
     """
     weights = bytes_of_each(optimizer)
     rows = [["parameter", "shape", "preconditioner", "moments", "bytes", "B/param"]]
@@ -134,11 +135,11 @@ def report(optimizer: Optimizer, treated: dict[Tensor, str] | None = None) -> st
         count = sum(weights[parameter].values())
         shape = " x ".join(map(str, parameter.shape)) or "scalar"
         how = treated[parameter] if treated else ""
-        moments = _moments(optimizer, parameter, group)
-        rows.append([name, shape, how, moments, f"{count:,}", f"{count / max(1, parameter.numel()):.2f}"])
+        moments, here = _moments(optimizer, parameter, group), shards.local(parameter).numel()
+        rows.append([name, shape, how, moments, f"{count:,}", f"{count / max(1, here):.2f}"])
     if treated is None:
         rows = [row[:2] + row[3:] for row in rows]
-    numbers = sum(parameter.numel() for parameter, _ in parameters)
+    numbers = sum(shards.local(parameter).numel() for parameter, _ in parameters)
     kinds = state_bytes(optimizer)
     totals = [["state", "bytes", "B/param"]]
     totals += [[k, f"{n:,}", f"{n / max(1, numbers):.3f}"] for k, n in kinds.items() if n or k == "total"]
@@ -168,7 +169,8 @@ def _moments(optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]) -> 
     coded = [shape.numel() for key, (shape, _) in kept.items() if key.endswith(".codes")]
     if coded:
         return f"{8 * coded[0] // parameter.numel()} bits"
-    plain = {dtype.itemsize * 8 for key, (shape, dtype) in kept.items() if shape == parameter.shape and key != "step"}
+    numbers = [dtype for key, (shape, dtype) in kept.items() if shape == parameter.shape and key not in _COUNTERS]
+    plain = {dtype.itemsize * 8 for dtype in numbers}
     said = f"{max(plain)} bits" if plain else "none"
     return said + _why_not(parameter, bits, group.get("min_quant_size", 0)) if plain else said
 

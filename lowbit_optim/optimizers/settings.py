@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lowbit_optim.optimizers.adagrad import Adagrad
 from lowbit_optim.optimizers.adamw import AdamW
-from lowbit_optim.optimizers.first_order import FirstOrder, check_group_of_moments
+from lowbit_optim.optimizers.first_order import FirstOrder
+from lowbit_optim.optimizers.moments import check_group_of_moments
 from lowbit_optim.optimizers.sgd import SGD
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner
 from lowbit_optim.storage import Quantization

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowbit_optim import shards
 from lowbit_optim.optimizers.first_order import FirstOrder, Group
 
 
@@ -70,7 +71,7 @@ class SGD(FirstOrder, torch.optim.SGD):
         own = super().create(parameter, group)
         for key, (shape, dtype) in self.layout(parameter, group).items():
             if key not in own:  # the momentum was 0 before
-                own[key] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+                own[key] = shards.zeros(shape, dtype, parameter)
         return own
 
     def _rule_settings(self, group: Group, count: int) -> dict[str, Any]:

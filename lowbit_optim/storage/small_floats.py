@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.first_order import BLOCK, Moment, code_values, decode, write
-from lowbit_optim.storage.blockwise import MIN_ROW, Parts, rows_of
+from lowbit_optim.storage.blockwise import MIN_ROW, rows_of
 
 MOMENT_BITS = (32, 8, 4)
 
@@ -47,10 +47,6 @@ class SmallFloats:
             f"{name}.codes": (torch.Size((rows, codes)), torch.uint8),
             f"{name}.scales": (torch.Size((rows, scales)), torch.float32),
         }
-
-    def zeros(self, name: str, shape: torch.Size, device: torch.device | str) -> Parts:
-        """The moment before the first step, under the names of ``layout``."""
-        return {key: torch.zeros(s, dtype=d, device=device) for key, (s, d) in self.layout(name, shape).items()}
 
     def view(self, name: str, own: Mapping[str, Any], rows: tuple[int, int]) -> Moment:
         """The moment in a parameter's state as the kernels want it, as rows of numbers, sharing memory.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit_optim.checkpoint import load_checkpoint
-from lowbit_optim.optimizers.first_order import moment_form
+from lowbit_optim.optimizers.moments import moment_form
 from lowbit_optim.storage.factors import take
 from tests.checkpoint.golden.make import FOLDER, build
 
