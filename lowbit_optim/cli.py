@@ -96,7 +96,7 @@ def _add_estimate(commands: Any) -> None:
     plan.add_argument("--base-bits", type=int, help=f"of its moments: 32, 8 or 4 (default: {default.base_bits})")
     plan.add_argument("--dtype", help=f"of parameters and gradients: {', '.join(DTYPES)} (default: {default.dtype})")
     plan.add_argument("--world-size", type=int, help="processes (default: 1)")
-    plan.add_argument("--sharding", help=f"a plan: {', '.join(SHARDINGS)} (default: every process has everything)")
+    plan.add_argument("--sharding", help=f"{' or '.join(SHARDINGS)} (default: every process has everything)")
     plan.add_argument("--budget", help="of each process: 80GB (10^9), 80GiB (2^30) ...; says what fits")
     plan.add_argument("--figure", type=Path, metavar="FILE", help="to draw the rows into (needs matplotlib)")
     plan.add_argument("--json", type=Path, metavar="FILE", help="to write the numbers to")

@@ -176,7 +176,7 @@ class Team:
         mesh: of the DTensors that state is shown as; None: a mesh of the group.
     """
 
-    whole = True  # blocks are those of the whole matrix
+    everywhere = True  # preconditioned blocks come to all ranks; else each has only what is in its rows
 
     def __init__(
         self, group: dist.ProcessGroup, exchange_dtype: torch.dtype | None = None, mesh: DeviceMesh | None = None
@@ -214,6 +214,8 @@ class Team:
             cost, counts[parameter] = cut.rows**3 + cut.columns**3, 1 if divisible else cut.count
             asked.append((key, cut.count // counts[parameter], cost * counts[parameter]))
         self.placement.place(asked)
+        if divisible:
+            return {parameter: self.placement[key] for parameter, (key, _) in units.items()}
         return {
             parameter: tuple((a * counts[parameter], b * counts[parameter]) for a, b in self.placement[key])
             for parameter, (key, _) in units.items()
@@ -420,6 +422,8 @@ class Team:
 class ShardTeam(Team):
     """Processes that have rows of each parameter (FSDP2), and share the blocks of the whole matrices."""
 
+    everywhere = False
+
     def rows(self, unit: Unit) -> Runs | None:
         parameter = unit.parameters[0]
         if not is_dtensor(parameter):
@@ -516,6 +520,8 @@ class ShardTeam(Team):
 
 class LocalTeam(Team):
     """Processes that have rows of each parameter (FSDP2), of which each makes blocks of its own."""
+
+    everywhere = False
 
     def cuts(self, parameter: Tensor, max_dim: int) -> list[Blocking | None]:
         """A rank whose rows are no matrix has no blocks; None if the whole is no matrix."""

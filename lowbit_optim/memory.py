@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowbit_optim.distributed import Placement
 from lowbit_optim.optimizers.adabk import AdaBK
 from lowbit_optim.optimizers.caspr import CASPR
 from lowbit_optim.optimizers.ekfac import EKFAC
@@ -99,10 +100,10 @@ def estimate(
         optimizer: "adamw", "sgd", "adagrad", "shampoo", "caspr", "kfac", "adabk", "ekfac", "soap", "adamw8bit" (that of
             bitsandbytes, from its layout, which need not be installed), or a class. Default "shampoo".
         world_size: processes. Default 1.
-        sharding: a plan, for the distributed optimizers do not exist yet. None: every rank has everything. "ddp": each
-            block's preconditioner lives on one rank, such that all have about the same work; moments are everywhere.
-            "fsdp2": the same, and moments are cut along the first dim, as parameters are; so are the temporaries of
-            first-order steps. Default None.
+        sharding: how they share the state. None: every rank has everything. "ddp": each block's preconditioner lives on
+            one rank, as with ``process_group``; moments are everywhere. "fsdp2": the same, and moments are cut along
+            the first dim, as parameters are; so are the temporaries of first-order steps. The workspace is that of one
+            process, without buffers of communication. Default None.
         device: that it will run on, or its type. On "cuda" torch's own optimizers work on all parameters at once
             (foreach), with temporaries of that size, unless ``foreach=False`` or ``fused=True``. Default "cuda".
         dtype: of parameters that are given as shapes. Default float32.
@@ -223,7 +224,7 @@ def _parameter(shape: Any, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(_like(shape))
     if not isinstance(shape, tuple | list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise TypeError(f"{shape!r} is no shape: a tuple of integers")
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"))
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -350,25 +351,30 @@ def _ranks(optimizer: Optimizer, world_size: int, sharding: str | None) -> tuple
     if sharding is None:
         return (state_bytes(optimizer)["total"],) * world_size
     held = [0] * world_size
-    blocks: list[tuple[int, int]] = []  # the work of its decompositions, its bytes
-    second_order = isinstance(optimizer, SecondOrder)
+    placement = Placement(world_size)
+    units: list[tuple[Tensor, int, int]] = []
+    weights: dict[Tensor, int] = {}  # bytes of what is placed, for each block or, where a unit has one owner, of all
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             own = optimizer.state.get(parameter, {})
+            placed: set[str] = set()
             cut = optimizer.preconditioner.blocking(parameter, group) if isinstance(optimizer, SecondOrder) else None
-            factors = {k: v for k, v in own.items() if cut is not None and k.startswith(("left.", "right.", "moment."))}
-            if cut is not None:
-                weight = sum(v.nbytes for v in factors.values()) // cut.count
-                blocks += [(cut.rows**3 + cut.columns**3, weight)] * cut.count
-            for key in own.keys() - factors.keys():
-                cuts = sharding == "fsdp2" and (key.startswith(BASE) or not second_order)
+            if cut is not None and isinstance(optimizer, SecondOrder):
+                count = cut.count if optimizer.preconditioner.divisible else 1
+                units.append((parameter, count, (cut.rows**3 + cut.columns**3) * cut.count // count))
+                with_factors = (
+                    ("left.", "right.", "moment.") if optimizer.base_stands_alone else ("left.", "right.", BASE)
+                )
+                placed = {key for key in own if key.startswith(with_factors)}
+                weights[parameter] = sum(own[key].nbytes for key in placed) // count
+            for key in own.keys() - placed:
+                cuts = sharding == "fsdp2" and (key.startswith(BASE) or not isinstance(optimizer, SecondOrder))
                 for rank in range(world_size):
                     held[rank] += _part(own[key], parameter, rank, world_size) if cuts else own[key].nbytes
-    work = [0] * world_size
-    for cost, weight in sorted(blocks, reverse=True):
-        rank = min(range(world_size), key=lambda i: (work[i], held[i]))
-        work[rank] += cost
-        held[rank] += weight
+    placement.place(units)
+    for parameter, weight in weights.items():
+        for rank, (first, last) in enumerate(placement[parameter]):
+            held[rank] += (last - first) * weight
     return tuple(held)
 
 

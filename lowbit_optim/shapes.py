@@ -59,17 +59,33 @@ def resnet50() -> Shapes:
     return shapes | _linear("fc", 1000, into)
 
 
-def llama2_7b() -> Shapes:
-    """LLaMA2 of 7B (Touvron et al. 2023)."""
-    width, hidden = 4096, 11008
-    shapes: Shapes = {"embed_tokens.weight": (32000, width)}
-    for i in range(32):
+def _llama(width: int, hidden: int, layers: int, vocabulary: int, keys: int) -> Shapes:
+    """A LLaMA; ``keys`` is the width of its keys and values, of all heads."""
+    shapes: Shapes = {"embed_tokens.weight": (vocabulary, width)}
+    for i in range(layers):
         at = f"layers.{i}"
-        shapes |= {f"{at}.self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        of_heads = {"q": width, "k": keys, "v": keys}
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (out, width) for name, out in of_heads.items()}
+        shapes |= {f"{at}.self_attn.o_proj.weight": (width, width)}
         shapes |= {f"{at}.mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
         shapes |= {f"{at}.mlp.down_proj.weight": (width, hidden)}
         shapes |= {f"{at}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
-    return shapes | {"norm.weight": (width,), "lm_head.weight": (32000, width)}
+    return shapes | {"norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
+def llama2_7b() -> Shapes:
+    """LLaMA2 of 7B (Touvron et al. 2023)."""
+    return _llama(width=4096, hidden=11008, layers=32, vocabulary=32000, keys=4096)
+
+
+def llama3_70b() -> Shapes:
+    """Llama 3 of 70B (Grattafiori et al. 2024): 64 heads of queries, 8 of keys and values, of 128."""
+    return _llama(width=8192, hidden=28672, layers=80, vocabulary=128256, keys=1024)
+
+
+def llama3_405b() -> Shapes:
+    """Llama 3.1 of 405B (Grattafiori et al. 2024): 128 heads of queries, 8 of keys and values, of 128."""
+    return _llama(width=16384, hidden=53248, layers=126, vocabulary=128256, keys=1024)
 
 
 MODELS: dict[str, Callable[[], Shapes]] = {
@@ -77,4 +93,6 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "vit-s": vit_s,
     "resnet50": resnet50,
     "llama2-7b": llama2_7b,
+    "llama3-70b": llama3_70b,
+    "llama3-405b": llama3_405b,
 }

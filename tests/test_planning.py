@@ -104,7 +104,7 @@ def test_the_figure(planned, tmp_path):
         (["my_models:shapes", "--budget", "much"], "80GiB"),
         (["my_models.py"], "is no configuration"),
         (["empty.json"], "model_type"),
-        (["no-such-model"], "gpt2, vit-s, resnet50, llama2-7b nor module:function"),
+        (["no-such-model"], "llama2-7b, llama3-70b, llama3-405b nor module:function"),
     ],
 )
 def test_errors(planned, tmp_path, arguments, says, monkeypatch):
@@ -163,7 +163,14 @@ def test_no_bytes(text):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("gpt2", 124_439_808), ("vit-s", 22_050_664), ("resnet50", 25_557_032), ("llama2-7b", 6_738_415_616)],
+    [
+        ("gpt2", 124_439_808),
+        ("vit-s", 22_050_664),
+        ("resnet50", 25_557_032),
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-70b", 70_553_706_496),
+        ("llama3-405b", 405_853_388_800),
+    ],
 )
 def test_published_shapes(name, count):
     assert sum(map(math.prod, MODELS[name]().values())) == count

@@ -39,38 +39,48 @@ class OwnBucket(Bucket):
 
 def shared_step(preconditioner: "KroneckerPreconditioner", team: Team, works: list[Work]) -> list[Tensor]:
     """Precondition the gradients of all units, each rank its own blocks; returns the troubles, int64 [2] each."""
-    rounds = list(_rounds(preconditioner, works))
+    units = [Unit(w.unit, w.cut, preconditioner.runs(w.unit[0]), w.settings.dtype) for w in works]
+    workspaces = [work.settings.workspace for work in works]
+    passes = [slice(*ends) for ends in rounds(units, workspaces, everywhere=team.everywhere)]
     troubles: list[Tensor] = []
-    collecting = [team.collect(units) for _, units in rounds[:1]]
+    collecting = [team.collect(units[own]) for own in passes[:1]]
     delivering: list[Callable[[], None]] = []
-    for i, (own, units) in enumerate(rounds):
+    for i, own in enumerate(passes):
         blocks = collecting.pop()()
-        collecting += [team.collect(following) for _, following in rounds[i + 1 : i + 2]]
-        troubles += _round(preconditioner, team, own, units, blocks)
+        collecting += [team.collect(units[following]) for following in passes[i + 1 : i + 2]]
+        troubles += _round(preconditioner, team, works[own], units[own], blocks)
         for finish in delivering:
             finish()
-        delivering = [preconditioner.bring_back(team, units, blocks)]
+        delivering = [preconditioner.bring_back(team, units[own], blocks)]
     for finish in delivering:
         finish()
     return troubles
 
 
-def _rounds(
-    preconditioner: "KroneckerPreconditioner", works: Sequence[Work]
-) -> Iterator[tuple[list[Work], list[Unit]]]:
-    """Units of one dtype and device, in their order, as many at a time as fill half of the workspace; at least one."""
-    own: list[Work] = []
-    units: list[Unit] = []
-    for work in works:
-        unit = Unit(work.unit, work.cut, preconditioner.runs(work.unit[0]), work.settings.dtype)
-        room = min(w.settings.workspace for w in [*own, work]) // 2
-        if units and (unit.kind != units[0].kind or unit.size + sum(u.size for u in units) > room):
-            yield own, units
-            own, units = [], []
-        own.append(work)
-        units.append(unit)
+def rounds(units: Sequence[Unit], workspaces: Sequence[int], *, everywhere: bool) -> Iterator[tuple[int, int]]:
+    """Consecutive units of one dtype and device that have room together, or no more blocks than there are ranks.
+
+    Ranks wait for each other in every round, so each should have blocks in it; and all come to the same rounds.
+
+    Args:
+        workspaces: bytes of temporaries, of each unit.
+        everywhere: whether blocks come to every rank: then all of them fill at most half of the workspace. Else those
+            of one rank, on average, an eighth: it has them up to six times, as what is sent, received and worked on.
+
+    Yields:
+        (the first unit, the last + 1), of at least one.
+    """
+    ranks = len(units[0].runs) if units else 1
+    copies, shared_by = (2, 1) if everywhere else (8, ranks)
+    first = size = blocks = 0
+    for i, unit in enumerate(units):
+        size, blocks = size + unit.size, blocks + unit.blocks
+        fits = copies * size <= shared_by * min(workspaces[first : i + 1]) or blocks <= ranks
+        if i > first and (unit.kind != units[first].kind or not fits):
+            yield first, i
+            first, size, blocks = i, unit.size, unit.blocks
     if units:
-        yield own, units
+        yield first, len(units)
 
 
 def _round(
