@@ -38,7 +38,7 @@ from lowbit_optim.checkpoint.live import (
     set_random_state,
 )
 from lowbit_optim.checkpoint.manifest import CheckpointError, has_manifest
-from lowbit_optim.checkpoint.pieces import checked_layout, is_sharded
+from lowbit_optim.checkpoint.pieces import checked_layout, is_dtensor
 from lowbit_optim.checkpoint.ranks import Ranks
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest, rotate
@@ -247,7 +247,7 @@ def _check_present(optimizer: Any, live: dict[str, Any], ranks: Ranks) -> None:
         for i, entry in live["optimizer"]["state"].items():
             tensors += [(f"{key!r} of parameter {i} of the optimizer", value) for key, value in entry.items()]
     for what, value in tensors:
-        if is_sharded(value):
+        if is_dtensor(value):
             checked_layout(what, value, ranks)
 
 

@@ -102,13 +102,15 @@ def resolve(
     names = [value.name for value in entries.values() if type(value) is Stored]
     _refuse(file, "checkpoint", [f"tensor {name!r} is missing" for name in names if name not in tensors])
 
-    def resolved(key: Any, value: Any) -> Any:
-        if type(value) is not Stored:
-            return value
-        tensor = tensors[value.name]
-        return tensor.placed(layout(key, tensor))
-
-    return {key: resolved(key, value) for key, value in entries.items()}
+    found: dict[Any, torch.Tensor] = {}  # tied ones once, here too
+    whole = dict(entries)
+    for key, value in entries.items():
+        if type(value) is Stored:
+            place = value.name, layout(key, tensors[value.name])
+            if place not in found:
+                found[place] = tensors[value.name].placed(place[1])
+            whole[key] = found[place]
+    return whole
 
 
 def off_file(tensors: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:

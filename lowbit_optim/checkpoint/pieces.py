@@ -9,7 +9,7 @@ import torch
 from lowbit_optim.checkpoint.ranks import Ranks
 
 
-def is_sharded(value: Any) -> TypeGuard[Any]:
+def is_dtensor(value: Any) -> TypeGuard[Any]:
     """Whether it is a DTensor. Importing its module takes half a second, and whoever has one has imported it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
@@ -17,7 +17,7 @@ def is_sharded(value: Any) -> TypeGuard[Any]:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of it: of all but a DTensor, the tensor itself."""
-    return tensor.to_local().detach() if is_sharded(tensor) else tensor
+    return tensor.to_local().detach() if is_dtensor(tensor) else tensor
 
 
 class Layout(NamedTuple):
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 
 def layout_of(value: Any) -> Layout | None:
     """None of what is no DTensor."""
-    return Layout(value.device_mesh, tuple(value.placements)) if is_sharded(value) else None
+    return Layout(value.device_mesh, tuple(value.placements)) if is_dtensor(value) else None
 
 
 def checked_layout(what: str, tensor: Any, ranks: Ranks) -> Layout:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowbit_optim.checkpoint.pieces import Piece, checked_layout, is_sharded, local
+from lowbit_optim.checkpoint.pieces import Piece, checked_layout, is_dtensor, local
 from lowbit_optim.checkpoint.ranks import ALONE, Ranks
 from lowbit_optim.storage.codebooks import codebook
 from lowbit_optim.storage.small_floats import code_table
@@ -94,7 +94,7 @@ class Pool:
                 f"{self.kind} tensor {name!r} is a {type(own).__qualname__} ({own.dtype}, {own.layout}, "
                 f"{own.device}); a checkpoint holds dense tensors of {', '.join(map(str, DTYPE_NAMES))}"
             )
-        layout = checked_layout(f"{self.kind} tensor {name!r}", value, self.ranks) if is_sharded(value) else None
+        layout = checked_layout(f"{self.kind} tensor {name!r}", value, self.ranks) if is_dtensor(value) else None
         self.outline[name] = f"{value.dtype} {list(value.shape)}" + (f" {layout.placements}" if layout else "")
         key = memory_key(own)
         first = name if key is None else self.names.setdefault(key, name)
