@@ -61,7 +61,7 @@ def save_checkpoint(
     keep: int | None = None,
     max_file_size: int | str = "5GB",
     background: bool = False,
-    process_group: Any = None,
+    process_group: "dist.ProcessGroup | None" = None,
     **extras: Any,
 ) -> Saving:
     """Write a checkpoint into the folder `path`, replacing the one that is there.
@@ -84,6 +84,10 @@ def save_checkpoint(
             several files. A single tensor may be larger. Default "5GB".
         background: copy everything to the host, return, and write in a thread. It takes room on the host for all that
             is saved. The next save into the same folder first waits for this one. Default False.
+        process_group: all of whose ranks call this with the same arguments and write together into the same folder:
+            each its rows of DTensors (as `fully_shard` makes them) and its random states, the first rank all else,
+            which is taken from it alone. With `background` it must be a gloo group that nothing else uses. Default
+            None: this process writes alone, and has all rows of what it saves.
         **extras: come back too, under any name but "report": None, bool, int, float, str, bytes, list, tuple, dict,
             OrderedDict, Counter, torch tensors, numpy arrays and scalars, nested as you like.
 
@@ -169,7 +173,7 @@ def load_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     strict: bool = True,
-    process_group: Any = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> dict[str, Any]:
     """Load what was saved in the folder `path` into the objects given, and restore the random states.
 
@@ -189,10 +193,9 @@ def load_checkpoint(
             of the parameters that fit by name (by index, if it was saved or is loaded without a model) and shape, where
             the optimizer takes it, and the settings of param groups of the same parameters. All else of the two stays
             as it is. The scheduler is loaded as ever. Default True.
-        process_group: a torch ProcessGroup, all of whose ranks call this with the same arguments: all of them load the
-            checkpoint, or none. However many ranks saved it, each reads what it needs: of DTensors its own rows. A rank
-            gets its own random states, if a rank of its number saved some. Only with strict. Default None: this process
-            loads alone.
+        process_group: all of whose ranks call this with the same arguments: all of them load the checkpoint, or none,
+            however many have saved it. Each reads of DTensors its own rows, and gets the random states of the rank of
+            its number, if there was one. Only with strict. Default None: this process loads alone.
 
     Returns:
         `{"step": step, **extras}` as saved; torch tensors come back on the CPU. With strict=False also "report": for
@@ -224,6 +227,7 @@ def load_checkpoint(
     with ranks.agreed():
         _check_present(optimizer, live, ranks)
         loads, report = _matched(checkpoint, model, optimizer, scheduler, live, strict)
+    del live  # the optimizer may have made it for this
     _load(folder, loads, checkpoint.random.get(ranks.rank), ranks)
     reported = {} if strict else {_RESERVED: report}
     return {"step": checkpoint.trainer["step"], **checkpoint.trainer["extras"], **reported}

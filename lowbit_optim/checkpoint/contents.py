@@ -78,12 +78,14 @@ def check_same(ranks: Ranks, pools: list[Pool], arguments: dict[str, Any]) -> No
     own = {what: repr(value) for what, value in arguments.items()}
     own |= {f"{pool.kind} tensor {name!r}": said for pool in pools for name, said in pool.outline.items()}
     tied = {f"{pool.kind} tensor {name!r}": other for pool in pools for name, other in pool.tied.items()}
-    theirs, also_tied = ranks.from_first((own, tied))
+    of_first, tied_there = ranks.from_first((own, tied))
     with ranks.agreed():
-        for what in {**theirs, **own}:
-            here, there = own.get(what, "missing"), theirs.get(what, "missing")
-            if here != there or tied.get(what) not in (None, also_tied.get(what)):  # one without rows sees no ties
+        for what in {**of_first, **own}:
+            here, there = own.get(what, "missing"), of_first.get(what, "missing")
+            if here == there and what in tied:  # a rank without rows sees no ties
+                here, there = f"tied to {tied[what]!r}", f"tied to {tied_there.get(what)!r}"
+            if here != there:
                 raise ValueError(
-                    f"{what} is {here} ({tied.get(what)}) here, and {there} ({also_tied.get(what)}) on the first rank: "
-                    "all ranks save the same model and optimizer, with the same arguments"
+                    f"{what} is {here} on rank {ranks.rank}, and {there} on the first: all ranks save the same model "
+                    "and optimizer, with the same arguments"
                 )

@@ -111,13 +111,12 @@ def commit(folder: Path, contents: dict[str, list[Part]], ranks: Ranks = ALONE) 
                     files = {kind: [entry for own in everyones for entry in own.get(kind, ())] for kind in kinds}
                     needed = [folder / entry.name for entries in files.values() for entry in entries]
                     _replace(folder / MANIFEST, manifest_bytes(files), token, needed)
+                    sweep(folder)
         except BaseException:
-            # No other rank: the first may be about to commit what that one wrote before it failed.
+            # No other rank sweeps: what it wrote before it failed the first may be about to commit.
             if ranks.first:
                 sweep(folder, token)
             raise
-        if ranks.first:
-            sweep(folder)
 
 
 def _write_parts(folder: Path, kind: str, parts: list[Part], token: str, ranks: Ranks) -> list[Entry]:

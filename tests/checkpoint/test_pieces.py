@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from lowbit_optim import cli
 from lowbit_optim.checkpoint import load_checkpoint, manifest, save_checkpoint
+from lowbit_optim.checkpoint.pieces import Chunk, Mapped
 from tests.checkpoint.common import craft, picture, refused, rewrite, same
 from tests.checkpoint.golden.make import FOLDERS, SPREAD, build, content
 
@@ -49,6 +51,19 @@ def test_what_fits(folder, live):
         assert found["report"][part]["missing"] == found["report"][part]["unexpected"] == []
         assert found["report"][part]["mismatched"] == {}
     assert content({"model": model, "optimizer": optimizer, "scheduler": scheduler})["state"] == expected["state"]
+
+
+def test_rows_are_read_where_they_are():
+    """And only there: no other part is looked at, and rows of one part stay where they are."""
+    numbers, read = torch.arange(20).view(10, 2), []
+    chunks = [Chunk(a, numbers[a:b], partial(read.append, a)) for a, b in ((0, 4), (4, 5), (5, 10))]
+    tensor = Mapped(numbers.dtype, [10, 2], chunks)
+    for first, last, starts in ((0, 10, [0, 4, 5]), (3, 5, [0, 4]), (4, 5, [4]), (6, 9, [5]), (5, 5, []), (10, 10, [])):
+        read.clear()
+        rows = tensor.rows(first, last)
+        assert torch.equal(rows, numbers[first:last])
+        assert read == starts
+        assert len(starts) != 1 or rows.data_ptr() == numbers[first].data_ptr()
 
 
 def test_libraries_of_version_1(folder, live, monkeypatch):
