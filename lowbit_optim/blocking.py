@@ -4,11 +4,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
+
+
+class Rectangle(NamedTuple):
+    """Rows top to bottom - 1 and columns left to right - 1 of a matrix."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def rows(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def columns(self) -> int:
+        return self.right - self.left
+
+    @property
+    def numbers(self) -> int:
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,12 @@ class Blocking:
     def count(self) -> int:
         """Blocks of the tensor."""
         return prod(self.grid)
+
+    def place(self, block: int) -> Rectangle:
+        """Where a block is in the matrix, without what it is filled up with."""
+        (m, n), (i, j) = self.matrix, divmod(block, self.grid[1])
+        top, left = i * self.rows, j * self.columns
+        return Rectangle(min(top, m), min(top + self.rows, m), min(left, n), min(left + self.columns, n))
 
     def read(self, x: Tensor, out: Tensor) -> None:
         """Write the blocks of a tensor of ``shape`` into [count, rows, columns], in one copy where that is possible."""

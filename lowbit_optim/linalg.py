@@ -7,7 +7,7 @@ to their result; where it is False the result means nothing, and the caller keep
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,6 +104,20 @@ def power_of_two(x: Tensor, least: float, most: float) -> Tensor:
     """The largest power of two up to x, of x >= 0 in float32 or float64, kept between two powers of two."""
     bits, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
     return (x.view(bits) & exponent).view(x.dtype).clamp(least, most)  # exact, where exp2 need not be
+
+
+def powers(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent for x >= 0, the same number wherever it stands in x: see ``everywhere``."""
+    return everywhere(lambda y: y.pow(exponent), x)
+
+
+def everywhere(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) rounded once, from float64 where the device has it.
+
+    In float32 the last bit of a power or an exponential depends on whether a number is among the first, which go into
+    vector registers, or the last few of its tensor; and results must not depend on which blocks are in a stack.
+    """
+    return function(x) if x.device.type == "mps" else function(x.double()).to(x.dtype)
 
 
 def rectify(v: Tensor, iterations: int) -> Tensor:
@@ -224,7 +238,7 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     """V diag(lambda)^exponent V^T, symmetric up to rounding: [k, n] and [k, n, n] to [k, n, n]."""
-    return compose(values.pow(exponent / 2), vectors)
+    return compose(powers(values, exponent / 2), vectors)
 
 
 def compose(roots: Tensor, vectors: Tensor) -> Tensor:
@@ -253,7 +267,7 @@ def exponential(x: Tensor, reach: float) -> Tensor:
     power = eye + y + square / 2 + cube / 6 + cube @ (y / 24 + square / 120 + cube / 720)
     for _ in range(squarings):
         power = power @ power
-    return symmetrize(power) * each(mean.exp(), power)
+    return symmetrize(power) * each(everywhere(torch.exp, mean), power)
 
 
 def damped(values: Tensor, eps: float, ridge: Tensor | None = None, *, clamp: bool = False) -> Tensor:

@@ -34,6 +34,7 @@ from lowbit_optim.linalg import (
     finite,
     largest_eigenvalue,
     matrix_power,
+    powers,
     symmetrize,
     trace,
 )
@@ -95,7 +96,7 @@ def inverse_root(
         root, ok = _root_by_eigh(a, scale, p, eps, ridge, clamp)
     else:
         root, ok = _root_by_products(a / each(scale, a), p, eps, ridge, clamp)
-        root *= each(scale.pow(-1 / p), a)
+        root *= each(powers(scale, -1 / p), a)
         bad = ~ok & finite(a)
         if not a.is_meta and bool(bad.any()):
             bad = bad.nonzero().flatten()
@@ -110,7 +111,7 @@ def _root_by_eigh(
     values, vectors, ok = eigh(a)
     scale = scale.unsqueeze(-1)
     values = damped(values / scale, eps, ridge, clamp=clamp)
-    return compose(values.pow(-0.5 / p) * scale.pow(-0.5 / p), vectors), ok
+    return compose(powers(values, -0.5 / p) * powers(scale, -0.5 / p), vectors), ok
 
 
 def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp: bool) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def _root_by_products(a: Tensor, p: int, eps: float, ridge: Tensor | None, clamp
     limit = _EXCESS * floor ** (-1 / p)
     # The first is False for what is not finite, too, and keeps the second from overflowing.
     ok = (root.abs().amax((-2, -1)) < limit) & (largest_eigenvalue(root, 10) < limit)
-    return symmetrize(root) * each(largest.pow(-1 / p), root), ok
+    return symmetrize(root) * each(powers(largest, -1 / p), root), ok
 
 
 def inverse_power(
@@ -151,7 +152,7 @@ def inverse_power(
     """
     if route(x.device) == "eigh" or q % 2:
         values, vectors, ok = eigh(x)
-        values = damped(values, floor ** (1 / q), clamp=True).pow(-q)
+        values = powers(damped(values, floor ** (1 / q), clamp=True), -q)
         if ridge is not None:
             values = (values - ridge.unsqueeze(-1)).clamp(min=0)
         return matrix_power(values if total is None else with_sum(values, total), vectors, 1.0), ok
@@ -159,7 +160,7 @@ def inverse_power(
     largest = largest_eigenvalue(square)
     largest = torch.where(largest > 0, largest, 1.0)
     inverse = _iterate(square / each(largest, square), 1, _steps(1, floor ** (2 / q) / 2, True))
-    power = symmetrize(torch.linalg.matrix_power(symmetrize(inverse), q // 2)) * each(largest.pow(-q / 2), x)
+    power = symmetrize(torch.linalg.matrix_power(symmetrize(inverse), q // 2)) * each(powers(largest, -q / 2), x)
     if ridge is not None:
         add_to_diagonal(power, -ridge)
     if total is not None:

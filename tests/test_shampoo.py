@@ -278,6 +278,30 @@ def test_the_workspace_changes_nothing(storage, workspace):
     assert same(codes, codes_again)
 
 
+@pytest.mark.parametrize("stagger", [False, True])
+@each_storage
+def test_in_float32_no_bit_depends_on_what_else_is_in_a_stack(storage, stagger):
+    """With rows that begin at multiples of 64 bytes, as BLAS wants them; 23 blocks, more than a vector register has."""
+    if stagger and "storage" in storage:
+        pytest.skip("only one-period storages take turns")
+
+    def train(workspace):
+        parameters = [nn.Parameter(random(*shape, seed=1)) for shape in [(96, 160), (320, 32), (32, 32), (96, 64)]]
+        settings = {"statistics_frequency": 2, **storage, "lr": 0.01, "max_preconditioner_dim": 32, "stagger": stagger}
+        optimizer = Shampoo(parameters, **{**settings, "min_quant_size": 64}, workspace=workspace)
+        for step in range(6):
+            for parameter in parameters:
+                parameter.grad = random(*parameter.shape, seed=10 + step)
+            optimizer.step()
+        return parameters, [{k: v for k, v in optimizer.state[p].items() if k != "step"} for p in parameters]
+
+    whole, state = train(2**28)
+    for workspace in (1, 100_000):
+        again, state_again = train(workspace)
+        assert all(torch.equal(p, q) for p, q in zip(whole, again, strict=True))
+        assert same(state, state_again)
+
+
 @each_storage
 @pytest.mark.parametrize("base", BASES)
 def test_before_its_start_it_is_the_base_alone(storage, base):

@@ -1,7 +1,7 @@
 """EKFAC over any first-order optimizer, with factors and eigenbases in low-bit storage."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from lowbit_optim.preconditioners.kronecker import Group
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.factors import without_scale
 from lowbit_optim.storage.moment import Moment
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EKFACPreconditioner(EigenbasisPreconditioner, KFACPreconditioner):
@@ -115,6 +118,7 @@ class EKFAC(KFAC):
         sharing: as for :class:`KFAC`.
         grad_scale: as for :class:`KFAC`. Needed where the scale of the loss changes: bases are those of averages, in
             which statistics of another scale have another weight. Default None: 1.
+        process_group, replicate, shards, exchange_dtype: as for :class:`KFAC`.
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -148,6 +152,10 @@ class EKFAC(KFAC):
         workspace: int = 256 * 2**20,
         sharing: str = "expand",
         grad_scale: Callable[[], float | Tensor] | None = None,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         settings = keywords(locals(), *OF_THE_WHOLE)

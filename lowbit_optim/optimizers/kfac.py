@@ -3,21 +3,26 @@
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.stats import LEFT_TO_BASE
 from lowbit_optim.preconditioners.buckets import SIDES, Bucket
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, Statistics
-from lowbit_optim.preconditioners.layers import Hook, Layer, layers_of
+from lowbit_optim.preconditioners.layers import Hook, Layer, add_batches, layers_of
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.factors import State
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("lowbit_optim")
 
@@ -33,6 +38,13 @@ _BLIND = (
 )
 
 
+_ALONE = (
+    "torch.distributed is initialized, but %s has no process_group, and its model is neither DistributedDataParallel "
+    "nor of DTensors: the factors are of this process's batches alone. If processes train one model together, give "
+    "process_group=torch.distributed.group.WORLD."
+)
+
+
 class KFACPreconditioner(KroneckerPreconditioner):
     """Martens and Grosse 2015: (G + damping)^(-1) dW (A + damping)^(-1), of input and output-gradient statistics.
 
@@ -41,6 +53,8 @@ class KFACPreconditioner(KroneckerPreconditioner):
 
     form_keywords: ClassVar[dict[str, str]] = {"decay": "factor_decay", "eps": "damping"}
     default_precondition_frequency: ClassVar[int] = 2000
+    divisible: ClassVar[bool] = False  # the blocks of a layer share a damping, or bases
+    on_shards: ClassVar[bool] = False  # the factors of a layer are of whole inputs and outputs
 
     def __init__(self, sharing: str) -> None:
         super().__init__()
@@ -50,6 +64,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
         self.grad_scale: Callable[[], float | Tensor] | None = None
         self.layers: list[Layer] = []
         self.others: dict[str, str] = {}
+        self.batches: list[Any] = []  # the process groups whose batches are one
         self.handles: list[Any] = []
         self._layer_of: dict[Tensor, Layer] = {}
         self._loss_scale: float | Tensor = 1.0
@@ -91,8 +106,10 @@ class KFACPreconditioner(KroneckerPreconditioner):
             if layer.joint is None or "left.failures" not in state.get(weight, {}):  # then it has a shape already
                 trains = bias is not None and bias.requires_grad and bias in group_of
                 layer.joint = bool(trains and layer.own_bias and group_of[bias]["precondition"])
+            layer.sharded = weight if is_dtensor(weight) else None
             layer.wanted = _due_next(layer, group_of[weight], state)
             self._layer_of[weight] = layer
+        super().prepare(groups, state)
 
     def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
         layer = self._layer_of[parameter]
@@ -101,6 +118,10 @@ class KFACPreconditioner(KroneckerPreconditioner):
     def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
         layer = self._layer_of.get(parameter)
         return layer.blocking if layer is not None and group["precondition"] else None
+
+    def cuts(self, parameter: Tensor, group: Group) -> list[Blocking | None]:
+        assert self.team is not None
+        return [self.blocking(parameter, group)] * self.team.size
 
     def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
         pieces = list(Stack(part.states, part.counts).pieces(start, stop))
@@ -136,6 +157,8 @@ class KFACPreconditioner(KroneckerPreconditioner):
         if due and not any(layer.rows for layer in due) and not self._warned:
             self._warned = True
             logger.warning(_BLIND)
+        for group in self.batches:
+            add_batches(due, group)
         troubles = super().step(groups, state)
         self.clear()
         return troubles
@@ -210,6 +233,10 @@ class KFAC(SecondOrder):
         grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.
             Needed with graft=False or absolute damping only. Default None: 1.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 2.
+        process_group, replicate, exchange_dtype: as for :class:`Shampoo`. Statistics are those of the batches of all
+            processes of the group, also with ``replicate``; without one, of a ``DistributedDataParallel`` model's.
+            Their batches must be of one size.
+        shards: "whole".
         **base_kwargs: options of the base optimizer.
 
     Raises:
@@ -250,6 +277,10 @@ class KFAC(SecondOrder):
         workspace: int = 256 * 2**20,
         sharing: str = "expand",
         grad_scale: Callable[[], float | Tensor] | None = None,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         settings = keywords(locals(), *OF_THE_WHOLE)
@@ -272,6 +303,8 @@ class KFAC(SecondOrder):
         self._scales_loss = grad_scale is not None
         super().__init__(params, preconditioner, settings, base, base_kwargs)
         self.attach(model, grad_scale)
+        if not preconditioner.batches and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            logger.warning(_ALONE, type(self).__name__)
 
     def attach(self, model: nn.Module, grad_scale: Callable[[], float | Tensor] | None = None) -> None:
         """Hook into a model; needed after copying or unpickling, which leave hooks and ``grad_scale`` behind.
@@ -305,6 +338,13 @@ class KFAC(SecondOrder):
             _check_members([p[1] if isinstance(p, tuple) else p for p in param_group["params"]], model)
         super().add_param_group(param_group)
         self._prepare()
+
+    def _prepare(self) -> None:
+        model = self._model()
+        self.preconditioner.batches = self._distribution.batches([parameter for parameter, _ in self._parameters()])
+        if not self.preconditioner.batches and isinstance(model, nn.parallel.DistributedDataParallel):
+            self.preconditioner.batches = [model.process_group]
+        super()._prepare()
 
     def _check_groups(self, state_dict: Mapping[str, Any]) -> None:
         if not self.preconditioner.layers:

@@ -3,13 +3,14 @@
 import copy
 import difflib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowbit_optim.distributed import Distribution
 from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.settings import (
@@ -64,6 +65,9 @@ class SecondOrder(Optimizer):
         base: str | type[Optimizer],
         base_kwargs: dict[str, Any],
     ) -> None:
+        self._distribution = Distribution(**{key: settings.pop(key) for key in DISTRIBUTION if key in settings})
+        if self._distribution.shards == "local" and not preconditioner.on_shards:
+            raise ValueError(f"shards='local': {type(self).__name__} needs whole matrices; leave shards out")
         base_type = base_class(base, settings["base_bits"])
         check_base_keywords(type(self).__name__, base_type, base_kwargs, settings)
         self.base: Optimizer | None = None
@@ -123,7 +127,7 @@ class SecondOrder(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._prepare()
-        self._check_step()
+        self._agree_on_step()
         with_gradients = [(p, group) for p, group in self._parameters() if p.grad is not None]
         for parameter, _ in with_gradients:
             _unfold(parameter)
@@ -131,6 +135,48 @@ class SecondOrder(Optimizer):
         self._watch(self.preconditioner.step(self.param_groups, self.state))
         self._step_base()
         return loss
+
+    def _agree_on_step(self) -> None:
+        """Check what every step needs; in a process group, that all agree, and that nobody has found anything wrong."""
+        team = self.preconditioner.team
+        if team is None:
+            self._check_step()
+            return
+        problem: Exception | None = None
+        try:
+            self._check_step()
+        except (TypeError, ValueError, RuntimeError) as error:
+            problem = error
+        groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in self.param_groups]
+        described = {
+            "whether a step can be taken": str(problem or "yes"),
+            "the class": type(self).__name__,
+            "the settings": [{**group, "params": len(group["params"])} for group in groups],
+            "the parameters": [(tuple(p.shape), p.dtype) for p, _ in self._parameters()],
+            "which of the parameters have a gradient": [int(p.grad is not None) for p, _ in self._parameters()],
+            "steps": [int(self.state[p].get("step", 0)) if p in self.state else 0 for p, _ in self._parameters()],
+        }
+        try:
+            team.agree(described, self._parameters()[0][0].device)
+        except RuntimeError:
+            if problem is None:
+                raise
+        if problem is not None:
+            raise problem
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; in a process group every rank must call it, and factors are DTensors.
+
+        They are sharded evenly on their first dim, the blocks, whichever rank works on which, so that
+        ``torch.distributed.checkpoint`` saves them and loads them into any number of processes.
+        """
+        whole: dict[str, Any] = super().state_dict()
+        self._prepare()
+        if self.preconditioner.team is not None:
+            for index, (parameter, group) in enumerate(self._parameters()):
+                if index in whole["state"]:
+                    whole["state"][index] = self.preconditioner.shown(parameter, group, whole["state"][index])
+        return whole
 
     def init_state(self) -> None:
         """Create the preconditioner's state of every parameter now instead of at its first step.
@@ -177,6 +223,8 @@ class SecondOrder(Optimizer):
               Estimated from codes and scales; relative, by Frobenius norms, of the worst block. Earlier roundings are
               in the average and do not count. None without a factor in use, and of SOAP and EKFAC.
             * "bytes": of the preconditioner's state; the base's comes on top.
+
+            In a process group all but "steps" and "nonfinite" is of this process's blocks.
         """
         self._prepare()
         treated = self._treatments()
@@ -322,11 +370,39 @@ class SecondOrder(Optimizer):
 
     def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
-        self.check_state_dict(state_dict)
-        return sealed(state_dict)
+        self._prepare()
+        team = self.preconditioner.team
+        if team is None:
+            self.check_state_dict(state_dict)
+            return sealed(state_dict)
+        problem: Exception | None = None
+        try:
+            self.check_state_dict(state_dict)
+        except ValueError as error:
+            problem = error
+        try:
+            team.agree({"whether the state dict fits": str(problem or "yes")}, self._parameters()[0][0].device)
+        except RuntimeError:
+            if problem is None:
+                raise
+        if problem is not None:
+            raise problem
+        taken = {
+            index: self.preconditioner.taken(parameter, group, state_dict["state"][index])
+            for index, (parameter, group) in self._by_index(state_dict)
+            if index in state_dict["state"]
+        }
+        return sealed({**state_dict, "state": taken})
+
+    def _by_index(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Any, tuple[Tensor, Group]]]:
+        """The parameters and groups by their indices in a state dict."""
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        return zip(indices, self._parameters(), strict=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base = state.pop("base", None)
+        if "_distribution" not in vars(self):
+            self._distribution = state.pop("_distribution", Distribution())
         super().__setstate__(state)
         if base is not None:  # from a pickle or a copy, where torch keeps nothing of an optimizer but these three
             kind, attributes = base
@@ -346,6 +422,7 @@ class SecondOrder(Optimizer):
             "preconditioner": self.preconditioner,
             "_settings": self._settings,
             "_low_bit_base": self._low_bit_base,
+            "_distribution": self._distribution,
             "_watch": copy.copy(self._watch),
         }
 
@@ -357,6 +434,8 @@ class SecondOrder(Optimizer):
         return type(self.base), attributes | {"defaults": dict(self.base.defaults)}
 
     def _prepare(self) -> None:
+        parameters = [parameter for parameter, _ in self._parameters()]
+        self.preconditioner.team = self._distribution.team(parameters)
         self.preconditioner.prepare(self.param_groups, self.state)
 
     def _refuse_misspelt(self, group: Group) -> None:
@@ -370,7 +449,7 @@ class SecondOrder(Optimizer):
     def _check_step(self) -> None:
         if isinstance(self.base, FirstOrder):
             for index, (parameter, group) in enumerate(self._parameters()):
-                if parameter.grad is not None:
+                if parameter.grad is not None and not self._lends_rows(parameter, group):
                     self.base.check_state(index, parameter, group, lent(self.state.get(parameter, {})))
         for group in self.param_groups:
             for key, kept in zip(KEPT_AS, group.get("kept_as", ()), strict=False):
@@ -386,6 +465,10 @@ class SecondOrder(Optimizer):
                         f"a gradient of shape {tuple(parameter.shape)} is {parameter.grad.layout}; only dense "
                         "gradients can be preconditioned: build the embedding with sparse=False"
                     )
+
+    def _lends_rows(self, parameter: Tensor, group: Group) -> bool:
+        """Whether of a parameter's moments this process may have only some rows, or none, though it has all of it."""
+        return False
 
     def _parameters(self) -> list[tuple[Tensor, Group]]:
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
@@ -422,16 +505,23 @@ class SecondOrder(Optimizer):
 
     def _step_base(self) -> None:
         """The base's step, without its hooks: this optimizer's own step has fired the global ones already."""
+        self._step_base_on({})
+
+    def _step_base_on(self, instead: Mapping[Tensor, Tensor]) -> None:
+        """Likewise, on other tensors instead of some parameters."""
         assert self.base is not None
-        self.base.param_groups = self.param_groups
+        groups = [{**group, "params": [instead.get(p, p) for p in group["params"]]} for group in self.param_groups]
+        self.base.param_groups = groups if instead else self.param_groups
         self.base.state = defaultdict(dict)
         for parameter, own in self.state.items():
             if own_of_base := lent(own):
-                self.base.state[parameter] = own_of_base
+                self.base.state[instead.get(parameter, parameter)] = own_of_base
         unhooked(type(self.base).step)(self.base)
+        back = {stand_in: parameter for parameter, stand_in in instead.items()}
         for parameter, own in self.base.state.items():
-            self.state[parameter].update(given_back(own))
+            self.state[back.get(parameter, parameter)].update(given_back(own))
         self.base.state = defaultdict(dict)
+        self.base.param_groups = self.param_groups
 
 
 def _fix(group: Group) -> None:
@@ -445,6 +535,10 @@ def _unfold(parameter: Tensor) -> None:
     assert gradient is not None
     if any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)):
         parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+
+
+# Keywords that say how an optimizer is spread over processes.
+DISTRIBUTION = ("process_group", "replicate", "shards", "exchange_dtype")
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Shampoo over any first-order optimizer, with its factors in low-bit storage."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,6 +10,9 @@ from lowbit_optim.preconditioners.buckets import Bucket
 from lowbit_optim.preconditioners.kronecker import KroneckerPreconditioner, Statistics
 from lowbit_optim.presets import DEFAULT_BITS
 from lowbit_optim.storage import Quantization
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ShampooPreconditioner(KroneckerPreconditioner):
@@ -78,6 +81,15 @@ class Shampoo(SecondOrder):
         stagger: let blocks take turns: each updates its factors at a step of its own of the ``statistics_frequency``
             steps, so that no step does the work of all. For storages "root" and "logarithm". Default False.
         workspace: bytes of temporary tensors to aim at. Default 256 MiB.
+        process_group: processes that train with equal gradients (DDP) and share the work: each block's factors are on
+            one of them. Then ``state_dict()`` and ``load_state_dict()`` are for all of them together. Default None:
+            every process by itself; parameters that are DTensors (FSDP2) bring their processes along.
+        replicate: True: every process of the group has all factors, and does all the work. Default False.
+        shards: of parameters that are DTensors: "whole" cuts blocks from whole parameters and brings their gradients
+            together where their factors are; results do not depend on the number of processes. "local" cuts them from
+            each process's own shard, and nothing but norms is exchanged. Default "whole".
+        exchange_dtype: "bfloat16" sends gradients and results to other processes in bfloat16. Default None: as they
+            are worked on.
         **base_kwargs: options of the base optimizer (betas, weight_decay, momentum, ...).
 
     Raises:
@@ -124,6 +136,10 @@ class Shampoo(SecondOrder):
         apply_dtype: str | None = None,
         stagger: bool = False,
         workspace: int = 256 * 2**20,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         super().__init__(params, self.preconditioner_class(), keywords(locals()), base, base_kwargs)

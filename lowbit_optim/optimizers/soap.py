@@ -1,15 +1,17 @@
 """SOAP: Adam in the eigenbases of Shampoo's factors, with factors and bases in low-bit storage."""
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.distributed import Runs, Team, Unit, local, runs_of
 from lowbit_optim.kernels.first_order import keys
 from lowbit_optim.linalg import full_precision
-from lowbit_optim.optimizers.first_order import moment_form
+from lowbit_optim.optimizers.first_order import FirstOrder, moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
 from lowbit_optim.preconditioners.buckets import Due, Forms
@@ -17,16 +19,28 @@ from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
 from lowbit_optim.preconditioners.kronecker import Group, Root, working_dtype
 from lowbit_optim.storage import Quantization
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 State = dict[Tensor, dict[str, Any]]
 
 
 class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
     """Turns gradients into the eigenbases, turns steps back, and lets the bases follow the statistics."""
 
+    on_shards: ClassVar[bool] = False  # bases are of whole matrices
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned: list[tuple[Sequence[Unit], Sequence[Tensor]]] = []  # of this step, where a team shares the work
+
     def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
         """One block: moments live in the eigenbasis, which padding would not fit."""
         cut = super().blocking(parameter, group)
         return cut if cut is not None and cut.count == 1 else None
+
+    def cuts(self, parameter: Tensor, group: Group) -> list[Blocking | None]:
+        return [cut if cut is not None and cut.count == 1 else None for cut in super().cuts(parameter, group)]
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
         """The first gradient makes the bases; they turn after the base's step: see ``finish``."""
@@ -50,18 +64,34 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
                     self._finish(index, parameter, group, state[parameter], kept[parameter])
 
     def _finish(self, index: int, parameter: Tensor, group: Group, state: dict[str, Any], kept: Tensor | None) -> None:
+        cut = self.blocking(parameter, group)
+        assert cut is not None
+        bases = self.bases(parameter, group, cut, state)
+        if kept is not None:
+            add_step(parameter, group, kept, cut.merge(turned_back(cut.split(parameter), bases)))
+        self.follow(index, parameter, group, state, bases, first=kept is None)
+
+    def bases(self, parameter: Tensor, group: Group, cut: Blocking, state: dict[str, Any]) -> list[Tensor]:
+        """Copies of both bases, [1, r, r] and [1, c, c]."""
+        roots = self.forms(group, cut).roots(Stack([state], [1]), 0, 1, working_dtype(parameter))
+        return [basis.clone() for basis in roots]
+
+    def follow(
+        self, index: int, parameter: Tensor, group: Group, state: dict[str, Any], old: list[Tensor], *, first: bool
+    ) -> None:
+        """Turn the bases where that is due, and the moments with them.
+
+        Args:
+            old: the bases as they are.
+            first: whether this was the first gradient.
+        """
         cut, dtype, steps = self.blocking(parameter, group), working_dtype(parameter), int(state["step"])
         assert cut is not None
-        forms, stack = self.forms(group, cut), Stack([state], [1])
-        old = [basis.clone() for basis in forms.roots(stack, 0, 1, dtype)]  # not those that turn
-        if kept is not None:
-            step = old[0] @ cut.split(parameter).to(dtype) @ old[1].mT
-            decayed = kept * (1 - group["lr"] * group["weight_decay"])
-            parameter.copy_(decayed + cut.merge(step).to(parameter.dtype))
-        if kept is not None and steps % group["precondition_frequency"]:
+        if not first and steps % group["precondition_frequency"]:
             return
-        orders = [self._turn(side, form, stack, dtype, kept is None) for side, form in forms.sides()]
-        if kept is None:
+        forms, stack = self.forms(group, cut), Stack([state], [1])
+        orders = [self._turn(side, form, stack, dtype, first) for side, form in forms.sides()]
+        if first:
             return
         left, right = (n.mT @ o for n, o in zip(forms.roots(stack, 0, 1, dtype), old, strict=True))
         key = keys(group.get("seed", 0), ~index, steps).moment  # other random bits than those of AdamW's own step
@@ -77,6 +107,46 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
         state, order = form.turn(stack.read(side, 0, 1), dtype, anew=first)
         stack.write(side, 0, 1, state)
         return order[0]
+
+    def shown(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> dict[str, Any]:
+        shown, team = super().shown(parameter, group, own), self.team
+        moments = _moments_in(own)
+        if team is None or shown is own or not moments:
+            return shown
+        runs = self._row_runs(parameter)
+        layout = {name: (torch.Size((runs[-1][1], *x.shape[1:])), x.dtype) for name, x in moments.items()}
+        return shown | team.shown(moments, layout, runs)
+
+    def taken(self, parameter: Tensor, group: Group, given: dict[str, Any]) -> dict[str, Any]:
+        taken, team = super().taken(parameter, group, given), self.team
+        moments = _moments_in(given)
+        if team is None or taken is given or not moments:
+            return taken
+        return taken | team.taken(moments, {}, self._row_runs(parameter))
+
+    def _row_runs(self, parameter: Tensor) -> Runs:
+        """Which rows of its moments each rank has: the owner all."""
+        return runs_of((last - first) * parameter.shape[0] for first, last in self.runs(parameter))
+
+    def bring_back(self, team: Team, units: Sequence[Unit], blocks: Sequence[Tensor]) -> Callable[[], None]:
+        """Turned gradients stay with their owner, whose base steps on them."""
+        self.turned.append((units, blocks))
+        return lambda: None
+
+
+def _moments_in(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parameter's state AdamW's moments."""
+    return {name: own[name] for name in sorted(own) if name.startswith(("base.exp_avg", "base.max_exp_avg_sq"))}
+
+
+def turned_back(step: Tensor, bases: list[Tensor]) -> Tensor:
+    """A step in the coordinates of the bases, [1, r, c], in those of the parameter."""
+    return bases[0] @ step.to(bases[0].dtype) @ bases[1].mT
+
+
+def add_step(parameter: Tensor, group: Group, before: Tensor, step: Tensor) -> None:
+    """A parameter as it was before, decayed, and a step."""
+    parameter.copy_(before * (1 - group["lr"] * group["weight_decay"]) + step.to(parameter.dtype))
 
 
 class SOAP(SecondOrder):
@@ -110,6 +180,8 @@ class SOAP(SecondOrder):
         shampoo_beta: decay of the statistics. Default 0.95.
         statistic_limit: as for :class:`Shampoo`. Default none.
         rectify_basis: Björck iterations when a basis "eigen" is read. Default 4.
+        process_group, replicate, shards, exchange_dtype: as for :class:`Shampoo`; shards "whole" only. The owner of a
+            matrix has its moments, too.
         **base_kwargs: other options of ``torch.optim.AdamW``.
 
     Raises:
@@ -143,6 +215,10 @@ class SOAP(SecondOrder):
         statistic_limit: float = math.inf,
         rectify_basis: int = 4,
         workspace: int = 256 * 2**20,
+        process_group: "ProcessGroup | None" = None,
+        replicate: bool = False,
+        shards: str = "whole",
+        exchange_dtype: str | None = None,
         **base_kwargs: Any,
     ) -> None:
         settings = keywords(locals(), "betas", "eps", "weight_decay") | {"graft": False}
@@ -151,6 +227,9 @@ class SOAP(SecondOrder):
 
     def _step_base(self) -> None:
         """AdamW's step from zero, in the coordinates that its gradients have been turned into."""
+        if self.preconditioner.team is not None:
+            self._step_base_shared(self.preconditioner.team)
+            return
         before: dict[Tensor, Tensor] = {}
         first = {}
         for parameter, group in self._parameters():
@@ -175,3 +254,54 @@ class SOAP(SecondOrder):
             self.state[parameter]["base.step"].zero_()
         kept = {parameter: None if parameter in first else value for parameter, value in before.items()}
         self.preconditioner.finish(self.param_groups, self.state, kept)
+
+    def _step_base_shared(self, team: Team) -> None:
+        """Likewise, each parameter by its owner alone, who has its moments, on a stand-in of the whole parameter."""
+        turned, self.preconditioner.turned = self.preconditioner.turned, []
+        places = {parameter: (index, group) for index, (parameter, group) in enumerate(self._parameters())}
+        stand_ins = {}
+        for units, blocks in turned:
+            for unit, own in zip(units, blocks, strict=True):
+                parameter, first = unit.parameters[0], int(self.state[unit.parameters[0]]["step"]) == 1
+                assert parameter.grad is not None
+                stand_in = torch.zeros(
+                    (len(own) * parameter.shape[0], *parameter.shape[1:]), dtype=parameter.dtype, device=own.device
+                )
+                gradient = unit.cut.merge(own).to(parameter.grad.dtype) if len(own) else stand_in.clone()
+                stand_in.grad = torch.zeros_like(gradient) if first else gradient
+                stand_ins[parameter] = stand_in
+                if not len(own):
+                    self._keep_nothing(parameter, places[parameter][1], stand_in)
+        self._step_base_on(stand_ins)
+        for units, blocks in turned:
+            steps = []
+            for unit, own in zip(units, blocks, strict=True):
+                parameter = unit.parameters[0]
+                (index, group), state = places[parameter], self.state[parameter]
+                first = int(state["step"]) == 1
+                if first:
+                    state["base.step"].zero_()
+                step = torch.zeros_like(own)
+                if len(own):
+                    bases = self.preconditioner.bases(parameter, group, unit.cut, state)
+                    step = turned_back(unit.cut.split(stand_ins[parameter]), bases)
+                    self.preconditioner.follow(index, parameter, group, state, bases, first=first)
+                steps.append(step)
+            team.deliver(units, steps)()
+            for unit in units:
+                parameter = unit.parameters[0]
+                if int(self.state[parameter]["step"]) > 1:
+                    gradient, here = local(parameter.grad), local(parameter)  # type: ignore[arg-type]
+                    add_step(here, places[parameter][1], here, gradient)
+
+    def _lends_rows(self, parameter: Tensor, group: Group) -> bool:
+        return self.preconditioner.team is not None and self.preconditioner.blocking(parameter, group) is not None
+
+    def _keep_nothing(self, parameter: Tensor, group: Group, stand_in: Tensor) -> None:
+        """Of a parameter of another's: moments in codes, which those of a stand-in without rows would not be."""
+        if isinstance(self.base, FirstOrder) and self.base.takes(parameter, group):
+            stand_in.grad = None
+            for key, (shape, dtype) in self.base.layout(parameter, group).items():
+                empty = torch.zeros((0, *shape[1:]) if shape else (), dtype=dtype, device=stand_in.device)
+                self.state[parameter].setdefault(f"base.{key}", empty)
+            self.state[parameter]["base.step"] = torch.tensor(float(self.state[parameter]["step"] - 1))

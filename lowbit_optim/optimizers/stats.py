@@ -43,9 +43,10 @@ def parameter_stats(
     }
     for side, form in forms.sides() if forms else dict.fromkeys(SIDES).items():
         state: State = take(side, dict(own))
-        found[f"{side}.updates"] = state["updates"].min() if state else 0
+        here = bool(state) and len(state["updates"]) > 0  # of a team, which shares the blocks, another may have all
+        found[f"{side}.updates"] = state["updates"].min() if here else 0
         found[f"{side}.failures"] = state["failures"].sum() if state else 0
-        has_one = form is not None and state
+        has_one = form is not None and here
         found[f"{side}.rounding_error"] = _rounding_error(form, state, orders[side], workspace) if has_one else None
     return found
 

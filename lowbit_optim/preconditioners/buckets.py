@@ -1,14 +1,14 @@
 """What a step has to do, sorted so that it can be done to many blocks at once."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack
+from lowbit_optim.preconditioners.measures import Counts, of_units, owners
 from lowbit_optim.storage.factors import Factor
 from lowbit_optim.storage.moment import Moment
 
@@ -48,10 +48,40 @@ class Turn(NamedTuple):
     update: bool
     refresh: bool
 
+    def within(self, first: int, last: int) -> "Turn":
+        """What of it is among the blocks first to last - 1, counted from there."""
+        start, stop = (min(max(x, first), last) - first for x in (self.first, self.last))
+        return self._replace(first=start, last=stop)
+
+
+class Settings(NamedTuple):
+    """What the units of a bucket share beside the shape of their blocks."""
+
+    forms: Forms
+    precondition: bool
+    in_turns: bool  # some blocks of a unit may have had their first statistic, and others not yet
+    graft: bool
+    workspace: int
+    dtype: torch.dtype
+    apply_dtype: torch.dtype
+
+
+class Work(NamedTuple):
+    """What a step asks of a unit."""
+
+    unit: tuple[Tensor, ...]
+    cut: Blocking
+    state: dict[str, Any]
+    turn: Turn
+    settings: Settings
+
+
+B = TypeVar("B", bound="Bucket")
+
 
 @dataclass
 class Bucket:
-    """Units of one step that share a block shape and every setting."""
+    """Units of one step that share a block shape and every setting; of each the blocks that this process works on."""
 
     forms: Forms
     precondition: bool
@@ -64,20 +94,16 @@ class Bucket:
     blockings: list[Blocking] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # blocks of each unit
 
     @property
     def device(self) -> torch.device:
         return self.units[0][0].device
 
     @property
-    def counts(self) -> list[int]:
-        """Blocks of each unit."""
-        return [cut.count for cut in self.blockings]
-
-    @property
     def owner(self) -> Tensor:
         """For each block the index of its unit, int64 [k]."""
-        return _owner(tuple(self.counts), self.device)
+        return owners(self.counts, self.device)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -98,18 +124,26 @@ class Bucket:
         )
         return roots + self.block[0] * self.block[1] * self.apply_dtype.itemsize
 
-    def add(self, unit: tuple[Tensor, ...], cut: Blocking, state: dict[str, Any], turn: Turn) -> None:
-        for own, x in zip((self.units, self.blockings, self.states, self.turns), (unit, cut, state, turn), strict=True):
-            own.append(x)  # type: ignore[attr-defined]
+    def add(self, work: Work) -> None:
+        """Add all blocks of a unit."""
+        self.append(work, work.turn, work.cut.count)
 
-    def part(self, wanted: Iterable[int]) -> "Bucket":
+    def append(self, work: Work, turn: Turn, count: int) -> None:
+        """Add so many blocks of a unit, of which ``turn`` have theirs."""
+        self.units.append(work.unit)
+        self.blockings.append(work.cut)
+        self.states.append(work.state)
+        self.turns.append(turn)
+        self.counts.append(count)
+
+    def part(self: B, wanted: Iterable[int]) -> B:
         """Some of the units."""
         wanted = list(wanted)
-        lists = {name: getattr(self, name) for name in ("units", "blockings", "states", "turns")}
-        changed: dict[str, Any] = {name: [own[i] for i in wanted] for name, own in lists.items()}
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), list)]
+        changed: dict[str, Any] = {name: [getattr(self, name)[i] for i in wanted] for name in names}
         return replace(self, **changed)
 
-    def due(self) -> "Bucket":
+    def due(self: B) -> B:
         """The units of which some blocks have their turn."""
         return self.part(i for i, turn in enumerate(self.turns) if turn.first < turn.last)
 
@@ -135,6 +169,18 @@ class Bucket:
         for unit, cut, own in zip(self.units, self.blockings, out.split(self.counts), strict=True):
             cut.read(_joint_gradient(unit), own)
 
+    def count_bad(self, bad: Tensor) -> Tensor:
+        """Count the blocks that are not finite in the state of each unit; returns how many they are, int64 []."""
+        total = torch.zeros(len(self.states), dtype=torch.int64, device=bad.device)
+        total.index_add_(0, self.owner, bad.long())
+        torch._foreach_add_([state["nonfinite"] for state in self.states], list(total.unbind()))
+        return total.sum()
+
+    def mean_norms(self, stack: Stack, side: str) -> Tensor:
+        """The mean (tr M)^(1/2) of the last statistics M of each unit's blocks, of those that had one, [units]."""
+        state = stack.read(side, 0, sum(self.counts), ("updates", "previous_norm"))
+        return mean_norms(state["updates"] > 0, state["previous_norm"].to(self.dtype), self.counts)
+
     def scatter(self, blocks: Tensor, weight: Tensor, *, bounded: bool = False) -> None:
         """Write the blocks times their weights, [k], into the gradients.
 
@@ -144,7 +190,7 @@ class Bucket:
         stacked = zip(self.units, self.blockings, blocks.split(self.counts), weight.split(self.counts), strict=True)
         for unit, cut, own, scale in stacked:
             gradients = [parameter.grad for parameter in unit]
-            limit = min([LARGEST, *(torch.finfo(g.dtype).max for g in gradients if g is not None)])
+            limit = largest_storable(unit)
             if not bounded or limit < LARGEST:
                 own *= scale.view(-1, 1, 1)
                 own.clamp_(-limit, limit)
@@ -160,13 +206,29 @@ class Bucket:
                     gradient.copy_(part.view_as(gradient))
 
 
-def parts(bucket: Bucket, room: int) -> Iterator[Bucket]:
+def largest_storable(unit: tuple[Tensor, ...]) -> float:
+    """Below this the numbers of a unit's gradients must stay."""
+    return min([LARGEST, *(torch.finfo(p.grad.dtype).max for p in unit if p.grad is not None)])
+
+
+def bucketed(works: Iterable[Work]) -> list[Bucket]:
+    """Units sorted by what they share."""
+    buckets: dict[Any, Bucket] = {}
+    for work in works:
+        cut, device = work.cut, work.unit[0].device
+        bucket = buckets.setdefault((cut.rows, cut.columns, device, work.settings), Bucket(*work.settings))
+        bucket.add(work)
+    return list(buckets.values())
+
+
+def parts(bucket: B, room: int) -> Iterator[B]:
     """Whole units whose blocks, and as many temporaries, fill half of the room; at least one each time."""
     start, used = 0, 0
     if not bucket.units:
         return
-    for i, cut in enumerate(bucket.blockings):
-        size = 2 * cut.count * cut.rows * cut.columns * bucket.dtype.itemsize
+    rows, columns = bucket.block
+    for i, count in enumerate(bucket.counts):
+        size = 2 * count * rows * columns * bucket.dtype.itemsize
         if i > start and used + size > room // 2:
             yield bucket.part(range(start, i))
             start, used = i, 0
@@ -207,13 +269,7 @@ def _joint_gradient(unit: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([weight.flatten(1), bias.to(weight.dtype).unsqueeze(1)], 1)
 
 
-@lru_cache(maxsize=4096)
-def _owner(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """For each block of a stack the index of its unit, int64 [sum(counts)]."""
-    return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)
-
-
-@lru_cache(maxsize=4096)
-def lengths(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """The counts as a tensor, int64."""
-    return torch.tensor(counts, device=device)
+def mean_norms(have: Tensor, norms: Tensor, counts: Counts) -> Tensor:
+    """The means of the norms of each unit's blocks, [k], of those that have one; [units], 0 where none has."""
+    total, count = (of_units(x, counts) for x in (norms * have, have.to(norms.dtype)))
+    return torch.where(count > 0, total / count, 0.0)

@@ -10,26 +10,41 @@ unit's state is that of its first parameter.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack, blocking
-from lowbit_optim.linalg import each, full_precision, largest_magnitude, power_of_two
+from lowbit_optim.distributed import Runs, Team, Unit, local
+from lowbit_optim.linalg import full_precision, powers
 from lowbit_optim.preconditioners.buckets import (
     SIDES,
     Bucket,
     Due,
     Forms,
+    Settings,
     Turn,
-    lengths,
+    Work,
+    bucketed,
     parts,
     slices,
     staggered,
 )
+from lowbit_optim.preconditioners.measures import (
+    Measures,
+    bounded_weight,
+    clear,
+    clear_bad,
+    divide,
+    graft,
+    moderate_squares,
+    not_finite,
+    squares,
+)
+from lowbit_optim.preconditioners.shared import shared_step
 from lowbit_optim.preconditioners.workspace import Workspace
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import ONE_PERIOD, form
@@ -52,6 +67,7 @@ _FORM_SETTINGS = {
 }
 
 Group = dict[str, Any]
+B = TypeVar("B", bound=Bucket)
 Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Root = tuple[Tensor, Tensor]  # X and s, of s X
 
@@ -66,18 +82,18 @@ def _form(order: int, min_quant_size: int, quantization: tuple[Any, ...] | None,
 
 
 def _factors(
-    cut: Blocking, forms: Forms, dtype: torch.dtype, device: torch.device | str
+    cut: Blocking, count: int, forms: Forms, dtype: torch.dtype, device: torch.device | str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a parameter's forms before the first update, by their names in its state."""
+    """The tensors of so many blocks before the first update, by their names in a parameter's state."""
     for (side, factor), order in zip(forms.sides(), (cut.rows, cut.columns), strict=True):
-        yield from put(side, factor.init(cut.count, order, dtype, device)).items()
+        yield from put(side, factor.init(count, order, dtype, device)).items()
     if forms.moment is not None:
-        yield from put("moment", forms.moment.init(cut.count, cut.rows, cut.columns, dtype, device)).items()
+        yield from put("moment", forms.moment.init(count, cut.rows, cut.columns, dtype, device)).items()
 
 
 @lru_cache
 def _factor_layout(cut: Blocking, forms: Forms, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {key: (tensor.shape, tensor.dtype) for key, tensor in _factors(cut, forms, dtype, "meta")}
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in _factors(cut, cut.count, forms, dtype, "meta")}
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:
@@ -100,11 +116,17 @@ class KroneckerPreconditioner(ABC):
     form_keywords: ClassVar[dict[str, str]] = {}
     default_precondition_frequency: ClassVar[int] = 500
 
+    divisible: ClassVar[bool] = True  # the blocks of a unit may have different owners
+    on_shards: ClassVar[bool] = True  # blocks may be cut from a shard as from a whole parameter
+
     def __init__(self) -> None:
         self.workspace = Workspace()
+        self.team: Team | None = None
+        self._runs: dict[Tensor, Runs] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"workspace": Workspace(), **state})  # an older version had none
+        # What an older version did not have.
+        vars(self).update({"workspace": Workspace(), "team": None, "_runs": {}, **state})
 
     @abstractmethod
     def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
@@ -167,6 +189,8 @@ class KroneckerPreconditioner(ABC):
         """How the unit that begins with a parameter of the group is cut into blocks; None if there is none."""
         if not group["precondition"]:
             return None
+        if self.team is not None:
+            return self.cuts(parameter, group)[self.team.rank]
         return blocking(tuple(parameter.shape), group["max_preconditioner_dim"])
 
     def form(self, group: Group, order: int) -> Factor:
@@ -183,27 +207,86 @@ class KroneckerPreconditioner(ABC):
         return Forms(self.form(group, cut.rows), self.form(group, cut.columns))
 
     def layout(self, parameter: Tensor, group: Group) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every tensor in the state of a parameter of the group."""
+        """Shape and dtype of every tensor of a parameter of the group in a state dict."""
         counters = dict.fromkeys(("step", "nonfinite"), (torch.Size(), torch.int64))
         cut = self.blocking(parameter, group)
         if cut is None:
             return counters
+        if self.team is not None:
+            cuts = self.cuts(parameter, group)
+            layouts = [_factor_layout(c, self.forms(group, c), working_dtype(parameter)) for c in cuts if c is not None]
+            return counters | self.team.layout(layouts)
         return counters | _factor_layout(cut, self.forms(group, cut), working_dtype(parameter))
 
     def init_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
         """The state of a parameter before its first step."""
-        device = parameter.device
-        state = {
+        counters = {
             "step": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "nonfinite": torch.zeros((), dtype=torch.int64, device=device),
+            "nonfinite": torch.zeros((), dtype=torch.int64, device=parameter.device),
         }
-        cut = self.blocking(parameter, group)
-        if cut is not None:
-            state |= _factors(cut, self.forms(group, cut), working_dtype(parameter), device)
-        return state
+        return counters | self._own_factors(parameter, group, parameter.device)
 
-    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
+    def _own_factors(self, parameter: Tensor, group: Group, device: torch.device | str) -> dict[str, Tensor]:
+        """The factors of the blocks that are worked on here, before the first update."""
+        cut = self.blocking(parameter, group)
+        if cut is None:
+            return {}
+        first, last = (0, cut.count) if self.team is None else self.runs(parameter)[self.team.rank]
+        return dict(_factors(cut, last - first, self.forms(group, cut), working_dtype(parameter), device))
+
+    def shown(self, parameter: Tensor, group: Group, own: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state as it stands in a state dict: factors of blocks on all ranks are DTensors there."""
+        factors = self._factors_in(own)
+        if self.team is None or not factors:
+            return own
+        group = {**group, "precondition": True}
+        return own | self.team.shown(factors, self._factors_in(self.layout(parameter, group)), self.runs(parameter))
+
+    def taken(self, parameter: Tensor, group: Group, given: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of ``shown``; whole tensors are taken, too."""
+        factors = self._factors_in(given)
+        if self.team is None or not factors:
+            return given
+        own = self._own_factors(parameter, {**group, "precondition": True}, "meta")
+        layout = {name: (part.shape, part.dtype) for name, part in own.items()}
+        others = {name: value for name, value in given.items() if name not in factors}
+        return others | self.team.taken(factors, layout, self.runs(parameter))
+
+    def bring_back(self, team: Team, units: Sequence[Unit], blocks: Sequence[Tensor]) -> Callable[[], None]:
+        """Begin to bring preconditioned blocks to where they are needed; the result waits for it."""
+        return team.deliver(units, blocks)
+
+    @staticmethod
+    def _factors_in(own: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a parameter's state what has a row for each block."""
+        return {name: own[name] for name in sorted(own) if name.startswith(("left.", "right.", "moment."))}
+
+    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Look at the groups and the state as they are now; called before anything else is asked."""
+        if self.team is None:
+            return
+        self._runs = {}
+        for preconditioned in (True, False):  # those that may be one day after those that are
+            units: dict[Tensor, tuple[Hashable, list[Blocking | None]]] = {}
+            for g, group in enumerate(groups):
+                if group["precondition"] == preconditioned:
+                    for i, parameter in enumerate(group["params"]):
+                        cuts = self.cuts(parameter, {**group, "precondition": True})
+                        if cuts[self.team.rank] is not None:
+                            units[parameter] = ((g, i), cuts)
+            self._runs |= self.team.place(units, divisible=self.divisible)
+
+    def cuts(self, parameter: Tensor, group: Group) -> list[Blocking | None]:
+        """How the unit that begins with a parameter is cut on each rank of the team."""
+        assert self.team is not None
+        return self.team.cuts(parameter, group["max_preconditioner_dim"])
+
+    def runs(self, parameter: Tensor) -> Runs:
+        """Which blocks of a parameter's unit each rank of the team owns."""
+        return self._runs[parameter]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # teams and their placements are the optimizer's
 
     def dampings(
         self, part: Bucket, states: list[State], statistics: Statistics | tuple[None, None]
@@ -221,17 +304,31 @@ class KroneckerPreconditioner(ABC):
             first parameter's device; None if no parameter has a gradient.
         """
         with full_precision():
-            buckets = self._buckets(groups, state)
-            joined = {parameter for bucket in buckets for unit in bucket.units for parameter in unit}
+            works = self._works(groups, state)
+            joined = {parameter for work in works for parameter in work.unit}
             alone = [p for group in groups for p in group["params"] if p.grad is not None and p not in joined]
-            troubles = [_guard(parameter.grad, state[parameter]) for parameter in alone]
-            for bucket in buckets:
-                troubles += [self._update_part(part) for part in self.parts(bucket.due(), bucket.workspace)]
-                room = self.workspace.room(bucket.device, bucket.workspace)
-                troubles += [self._apply_part(part) for part in self.parts(bucket, room)]
+            troubles = self._guard(alone, state)
+            if self.team is not None:
+                troubles += shared_step(self, self.team, works)
+            else:
+                for bucket in bucketed(works):
+                    troubles += [self.update_part(part) for part in self.parts(bucket.due(), bucket.workspace)]
+                    room = self.workspace.room(bucket.device, bucket.workspace)
+                    troubles += [self._apply_part(part) for part in self.parts(bucket, room)]
         return torch.stack([t.to(troubles[0].device) for t in troubles]).sum(0) if troubles else None
 
-    def parts(self, bucket: Bucket, room: int) -> Iterable[Bucket]:
+    def _guard(self, parameters: list[Tensor], state: dict[Tensor, dict[str, Any]]) -> list[Tensor]:
+        """Zero the gradients of parameters without blocks that are not finite; returns their troubles, int64 [2]."""
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        bad = [not_finite(gradient) for gradient in gradients]
+        if self.team is not None and bad:  # all ranks do the same, though some may have seen nothing bad
+            bad = list(self.team.largest(torch.stack(bad).int()).bool().unbind())
+        for parameter, gradient, own in zip(parameters, gradients, bad, strict=True):
+            clear(gradient, own)
+            state[parameter]["nonfinite"] += own
+        return [torch.stack([own, torch.zeros_like(own)]).long() for own in bad]
+
+    def parts(self, bucket: B, room: int) -> Iterable[B]:
         """Whole units whose gradients fit in the room together, one part after the other."""
         return parts(bucket, room)
 
@@ -239,9 +336,9 @@ class KroneckerPreconditioner(ABC):
         """Runs of the blocks start to stop - 1, of ``each`` bytes, that fit in the room: (first, last + 1)."""
         return slices(start, stop, each, room)
 
-    def _buckets(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
-        """Count the step and sort this step's parameters. Rebuilt every time: parameters and settings may change."""
-        buckets: dict[Any, Bucket] = {}
+    def _works(self, groups: list[Group], state: dict[Tensor, dict[str, Any]]) -> list[Work]:
+        """Count the step, and say what it asks of each unit. Anew every time: parameters and settings may change."""
+        works = []
         # Of all blocks with a period, and of those before the one that is looked at: they share its steps.
         total: Counter[int] = Counter()
         before: Counter[int] = Counter()
@@ -261,18 +358,21 @@ class KroneckerPreconditioner(ABC):
                     continue
                 forms, step = self.forms(group, cut), int(own["step"])
                 due = self._due(step, group, forms)
-                run, in_turns = (0, cut.count), bool(group.get("stagger")) and cut.count > 1
+                run, count = (0, cut.count), cut.count if self.team is None else self.runs(parameter)[-1][1]
+                in_turns = bool(group.get("stagger")) and count > 1
                 if group.get("stagger"):
-                    run = staggered(cost_before, cost // cut.count, cut.count, total[period], period, step)
+                    each = cut.rows**3 + cut.columns**3
+                    run = staggered(cost_before, each, cut.count, total[period], period, step)
                 if not (due.update or due.refresh):
                     run = (0, 0)
                 dtype = working_dtype(parameter)
                 apply_dtype = _applied_in(group, dtype)
-                settings = (forms, due.precondition, in_turns, group["graft"], group["workspace"], dtype, apply_dtype)
-                key = (cut.rows, cut.columns, parameter.device, settings)
-                bucket = buckets.setdefault(key, Bucket(*settings))
-                bucket.add(self.unit(parameter), cut, own, Turn(*run, due.update, due.refresh))
-        return list(buckets.values())
+                settings = Settings(
+                    forms, due.precondition, in_turns, group["graft"], group["workspace"], dtype, apply_dtype
+                )
+                turn = Turn(*run, due.update, due.refresh)
+                works.append(Work(self.unit(parameter), cut, own, turn, settings))
+        return works
 
     def _due(self, step: int, group: Group, forms: Forms) -> Due:
         refresh = group["precondition_frequency"]
@@ -286,10 +386,10 @@ class KroneckerPreconditioner(ABC):
             precondition=step >= group["start_preconditioning_step"],
         )
 
-    def _update_part(self, part: Bucket) -> Tensor:
+    def update_part(self, part: Bucket) -> Tensor:
         """Update the factors of all blocks whose turn it is; returns the troubles, int64 [2]."""
-        gradient = self._gathered(part)
-        magnitude = _divide(gradient, _clear_bad(gradient))
+        gradient = self.gathered(part)
+        magnitude = divide(gradient, clear_bad(gradient))
         troubles = torch.zeros(2, dtype=torch.int64, device=part.device)
         stack, room = Stack(part.states, part.counts), part.workspace - gradient.nbytes - self.workspace.kept("roots")
         for turn in part.runs():
@@ -300,18 +400,36 @@ class KroneckerPreconditioner(ABC):
 
     def _apply_part(self, part: Bucket) -> Tensor:
         """Precondition the gradients of a part; returns the troubles, int64 [2]."""
-        gradient, troubles = self._gathered(part), torch.zeros(2, dtype=torch.int64, device=part.device)
+        gradient = self.gathered(part)
+        measures, plain = self.preconditioned(part, gradient)
+        bad = torch.zeros_like(measures.bad[0], dtype=torch.int64) if plain else part.count_bad(measures.bad)
+        if not part.precondition:
+            part.scatter(gradient, measures.magnitude)
+            return torch.stack([bad, torch.zeros_like(bad)])
+        weight = graft(part.counts, measures) if part.graft else measures.weight
+        part.scatter(gradient, bounded_weight(weight, part.dtype), bounded=plain and part.graft)
+        return torch.stack([bad, torch.zeros_like(bad)])
+
+    def preconditioned(self, part: Bucket, gradient: Tensor) -> tuple[Measures, bool]:
+        """Precondition blocks, [k, r, c], in place, up to their weights.
+
+        Returns:
+            (what is known of the blocks; whether all were finite and moderate from the start).
+        """
         magnitude = torch.ones_like(gradient[:, 0, 0])
+        bad = torch.zeros_like(magnitude, dtype=torch.bool)
         # To look at the numbers, other devices would have to be waited for.
-        before = _moderate_squares(gradient) if self.workspace.on_cpu(part.device) else None
+        before = moderate_squares(gradient) if self.workspace.on_cpu(part.device) else None
         plain = before is not None
         if before is None:
-            troubles[0], magnitude, before = _tame(part, gradient)
-        if not part.precondition:
-            part.scatter(gradient, magnitude)
-            return troubles
-        stack = Stack(part.states, part.counts)
+            largest = clear_bad(gradient)
+            bad = ~torch.isfinite(largest)
+            magnitude = divide(gradient, largest) if part.precondition else magnitude
+            before = squares(gradient)
         weight = magnitude.to(before.dtype, copy=True)
+        if not part.precondition:
+            return Measures(bad, magnitude, before, before, weight), plain
+        stack = Stack(part.states, part.counts)
         room = self.workspace.room(part.device, part.workspace) - gradient.nbytes
         for start, stop in self.slices(0, len(gradient), part.apply_bytes, room):
             blocks = gradient[start:stop]
@@ -320,13 +438,9 @@ class KroneckerPreconditioner(ABC):
                 blocks.copy_(result)
             for factor in factors:
                 weight[start:stop] *= factor
-        if part.graft:
-            weight = _graft(part, before, magnitude, _squares(gradient), weight)
-        weight = weight.clamp(max=torch.finfo(part.dtype).max).to(part.dtype)
-        part.scatter(gradient, weight, bounded=plain and part.graft)
-        return troubles
+        return Measures(bad, magnitude, before, squares(gradient) if part.graft else before, weight), plain
 
-    def _gathered(self, part: Bucket) -> Tensor:
+    def gathered(self, part: Bucket) -> Tensor:
         """The blocks of all gradients, [k, r, c]."""
         shape = sum(part.counts), *part.block
         (gradient,) = self.workspace.take("gradient", part.device, part.dtype, shape)
@@ -363,114 +477,15 @@ def _applied_in(group: Group, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if group.get("apply_dtype") == "bfloat16" else dtype
 
 
-def _guard(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-    """Zero the gradient of a parameter without blocks if any of it is not finite; returns its troubles, int64 [2]."""
-    largest = largest_magnitude(gradient, ()) if gradient.numel() else gradient.new_zeros(())
-    bad = ~torch.isfinite(largest)
-    _clear(gradient, bad)
-    state["nonfinite"] += bad
-    return torch.stack([bad, torch.zeros_like(bad)]).long()
-
-
-def _clear(x: Tensor, bad: Tensor) -> None:
-    """Zero where ``bad`` is, whatever is there, in a tenth of the time of ``masked_fill_``."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
-    x.view(bits).bitwise_and_(bad.to(bits) - 1)
-
-
-def _moderate_squares(blocks: Tensor) -> Tensor | None:
-    """The sums of squares, if all blocks are finite and none needs to be divided."""
-    squares = _squares(blocks)
-    return squares if blocks.is_meta or bool(((squares > 1e-18) & (squares < 1e18)).all()) else None
-
-
-def _tame(part: Bucket, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Clear what is not finite and, if it is to be preconditioned, divide the rest.
-
-    Returns:
-        (how many blocks were not finite, int64 []; by what they are divided, [k]; the sums of their squares now, [k]).
-    """
-    largest = _clear_bad(gradient)
-    bad = _count_nonfinite(part, ~torch.isfinite(largest))
-    magnitude = _divide(gradient, largest) if part.precondition else torch.ones_like(largest)
-    return bad, magnitude, _squares(gradient)
-
-
-def _clear_bad(blocks: Tensor) -> Tensor:
-    """Zero the blocks that are not finite; returns their largest magnitudes before, [k]."""
-    largest = largest_magnitude(blocks, (1, 2))
-    _clear(blocks, each(~torch.isfinite(largest), blocks))
-    return largest
-
-
-def _divide(blocks: Tensor, largest: Tensor) -> Tensor:
-    """Divide blocks by powers of two, so that squares neither overflow nor underflow; those, [k].
-
-    They have a floor, so that inverse roots of subnormal gradients do not overflow; and blocks of moderate numbers, in
-    which nothing can, stay as they are.
-    """
-    largest = torch.where(torch.isfinite(largest), largest, 0.0)
-    moderate = (largest == 0) | ((largest > 1e-9) & (largest < 1e9))
-    most = 2.0**126 if blocks.dtype == torch.float32 else 2.0**1000
-    magnitude = torch.where(moderate, 1.0, power_of_two(largest, 2.0**-99, most))
-    if blocks.device.type != "cpu" or not bool(moderate.all()):
-        blocks *= each(1 / magnitude, blocks)
-    return magnitude
-
-
-def _count_nonfinite(part: Bucket, bad: Tensor) -> Tensor:
-    """Count the bad blocks of each parameter in its state; returns all of them, int64 []."""
-    counts = torch.zeros(len(part.states), dtype=torch.int64, device=bad.device).index_add_(0, part.owner, bad.long())
-    torch._foreach_add_([state["nonfinite"] for state in part.states], list(counts.unbind()))
-    return counts.sum()
-
-
-def _squares(blocks: Tensor) -> Tensor:
-    """The sum of squares of each block, [k], in float64 where the device has it.
-
-    Row by row first: how a sum of more is rounded would depend on how many blocks there are.
-    """
-    norms = torch.linalg.vector_norm(blocks, dim=2)
-    return (norms if blocks.device.type == "mps" else norms.double()).square().sum(1)
-
-
-def _of_units(x: Tensor, part: Bucket) -> Tensor:
-    """The sums over the blocks of each unit, [k] to [units]."""
-    # Not index_add_, whose order of summation changes from run to run on CUDA; unsafe: lengths unchecked, no host sync.
-    return torch.segment_reduce(x, "sum", lengths=lengths(tuple(part.counts), x.device), unsafe=True)
-
-
-def _graft(part: Bucket, before: Tensor, magnitude: Tensor, after: Tensor, weight: Tensor) -> Tensor:
-    """By what each block is to be multiplied so that each unit has the norm of its gradient, [k].
-
-    Args:
-        before, magnitude: of the blocks of the gradient, the squares and what they are in units of.
-        after, weight: likewise of the result.
-    """
-    gradient_unit, result_unit = (_largest(x, part) for x in (magnitude.to(before.dtype), weight))
-    before = _of_units(before * (magnitude / gradient_unit).square(), part)
-    after = _of_units(after * (weight / result_unit).square(), part)
-    ratio = torch.where(after > 0, before / after, 0.0).sqrt()[part.owner]
-    return weight / result_unit * ratio * gradient_unit
-
-
-def _largest(x: Tensor, part: Bucket) -> Tensor:
-    """From a number of each block the largest of its unit, [k]; 1 where that is zero."""
-    largest = x.new_zeros(len(part.states)).scatter_reduce_(0, part.owner, x, "amax")
-    return torch.where(largest > 0, largest, 1.0)[part.owner]
-
-
 def _as_others(part: Bucket, stack: Stack, side: str, factor: Factor, start: int, scale: Tensor) -> Tensor:
     """The numbers of roots, [k], those of blocks that have had no statistic yet as of their unit's other blocks.
 
     The root of such a block is I times this number: without a scale of its own it must not outweigh the others. They
     are known by their last statistics, A = tr(M) / n I.
     """
-    state = stack.read(side, 0, sum(part.counts), ("updates", "previous_norm"))
-    have = (state["updates"] > 0).to(scale.dtype)
-    order = part.block[SIDES.index(side)]
-    mean_norm, count = (_of_units(x, part) for x in (state["previous_norm"].to(scale.dtype) * have, have))
-    mean_norm = torch.where(mean_norm > 0, mean_norm / count / order**0.5, 1.0)
-    others = mean_norm.pow(-2 / factor.power).clamp(1e-30, 1e30)[part.owner]
-    own = slice(start, start + len(scale))
-    return torch.where(have[own] > 0, scale, others[own])
+    order, own = part.block[SIDES.index(side)], slice(start, start + len(scale))
+    mean_norm = part.mean_norms(stack, side).to(scale.dtype)
+    mean_norm = torch.where(mean_norm > 0, mean_norm / order**0.5, 1.0)
+    others = powers(mean_norm, -2 / factor.power).clamp(1e-30, 1e30)[part.owner[own]]
+    have = stack.read(side, start, start + len(scale), ("updates",))["updates"] > 0
+    return torch.where(have, scale, others)

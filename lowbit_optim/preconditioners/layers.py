@@ -11,11 +11,13 @@ from math import prod
 from typing import Any, TypeAlias, get_args
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
 from lowbit_optim.blocking import Blocking
+from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.linalg import full_precision
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -99,11 +101,15 @@ class Layer:
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     examples: int = 0
     rows: int = 0
+    sharded: Any = None  # the weight, where FSDP puts another in its place while the module is at work
 
     @property
     def weight(self) -> nn.Parameter | None:
         """None once the module is gone."""
-        weight: Any = getattr(self.module(), "weight", None)
+        module = self.module()
+        weight: Any = getattr(module, "weight", None)
+        if module is not None and self.sharded is not None and not is_dtensor(weight):
+            return self.sharded
         return weight if isinstance(weight, nn.Parameter) else None
 
     @property
@@ -157,6 +163,16 @@ class Layer:
             magnitude = larger
         self.sums[role] = magnitude, total
 
+    def collected(self, role: str) -> tuple[Tensor, Tensor]:
+        """The magnitude and the matrix of "inputs" or "gradients"; zeros if nothing was collected."""
+        if role in self.sums:
+            return self.sums[role]
+        cut, module = self.blocking, self._module()
+        order = cut.columns if (role == "inputs") != isinstance(module, nn.Embedding) else cut.rows
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        nothing = torch.zeros(cut.count, order, order, dtype=dtype, device=module.weight.device)
+        return nothing.new_full((), 1e-30), nothing
+
     def statistic(self, side: str, loss_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """M [groups, n, n] and its magnitude [groups]: the statistic of a side is magnitude^2 M.
 
@@ -169,7 +185,9 @@ class Layer:
         if not self.rows:
             cut = self.blocking
             order = cut.columns if side == "right" else cut.rows
-            nothing = _precise(self._module().weight.detach().new_full((cut.count, order, order), torch.nan))
+            weight = self._module().weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            nothing = torch.full((cut.count, order, order), torch.nan, dtype=dtype, device=weight.device)
             return nothing, nothing[:, 0, 0]
         magnitude, total = self.sums["inputs" if of_inputs else "gradients"]
         if of_inputs:
@@ -288,3 +306,45 @@ def layers_of(model: nn.Module, reduce: bool) -> tuple[list[Layer], dict[str, st
         for own, _ in module.named_parameters(recurse=False):
             others[f"{name}.{own}" if name else own] = str(why)
     return layers, others
+
+
+def add_batches(layers: list[Layer], group: Any) -> None:
+    """Make what layers have collected that of the batches of all processes in a group, which call this together.
+
+    The gradient trained on is the mean of those of the processes, and their batches are of one size.
+    """
+    if not layers:
+        return
+    roles = ("inputs", "gradients")
+    parts = [layer.collected(role) for layer in layers for role in roles]
+    own = [max(layer.examples, 1) if role == "gradients" else 1 for layer in layers for role in roles]
+    device = parts[0][1].device
+    counts = torch.tensor([(layer.examples, layer.rows) for layer in layers], device=device)
+    dist.all_reduce(counts, group=group)
+    # A gradient of the mean over a batch is as many times one of the mean over all as the batch is smaller.
+    magnitudes = torch.stack([magnitude.double() * n for (magnitude, _), n in zip(parts, own, strict=True)])
+    largest = magnitudes.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    shares = (magnitudes / largest).square()
+    totals = _sum_over([m * share.to(m.dtype) for (_, m), share in zip(parts, shares, strict=True)], group)
+    for i, (layer, (examples, rows)) in enumerate(zip(layers, counts.tolist(), strict=True)):
+        if rows:
+            layer.examples, layer.rows = examples, rows
+            units = largest[2 * i], largest[2 * i + 1] / examples
+            pairs = zip(units, totals[2 * i : 2 * i + 2], strict=True)
+            layer.sums = {role: (unit.to(m.dtype), m) for role, (unit, m) in zip(roles, pairs, strict=True)}
+
+
+def _sum_over(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """The sums of tensors over processes: neighbours of one dtype as one collective, up to ``MAX_PATCHES`` numbers."""
+    found: list[Tensor] = []
+    start = 0
+    for end in range(1, len(tensors) + 1):
+        run = tensors[start:end]
+        full = sum(t.numel() for t in tensors[start : end + 1]) > MAX_PATCHES
+        if end == len(tensors) or tensors[end].dtype != run[0].dtype or full:
+            flat = torch.cat([t.reshape(-1) for t in run])
+            dist.all_reduce(flat, group=group)
+            found += [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in run]), run, strict=True)]
+            start = end
+    return found

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import each, finite, largest_magnitude, power_of_two, symmetrize, trace
+from lowbit_optim.linalg import each, everywhere, finite, largest_magnitude, power_of_two, symmetrize, trace
 from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
@@ -41,7 +41,7 @@ def share(decay: float, updates: Tensor, dtype: torch.dtype) -> Tensor:
     """(1 - beta) / (1 - beta^t), [k]: the weight of the t-th of t in their average with weights beta^age."""
     t = updates.clamp(min=1).to(dtype)
     log_decay = math.log(decay) if decay else -math.inf
-    return (torch.full_like(t, 1 - decay) / -torch.expm1(t * log_decay)).clamp(max=1.0)
+    return (torch.full_like(t, 1 - decay) / everywhere(lambda x: -torch.expm1(x * log_decay), t)).clamp(max=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,12 @@ from lowbit_optim.linalg import (
     damped,
     each,
     eigh,
+    everywhere,
     exponential,
     finite,
     largest_eigenvalue,
     matrix_power,
+    powers,
     symmetrize,
     trace,
 )
@@ -65,7 +67,7 @@ class Root(Coded):
             root = self.codec.decode(take(self.name, state), out.dtype, out)
         else:
             root = self._normalized_root(self.codec.decode(take(self.name, state), dtype))
-        scale = torch.where(rms > 0, rms, 1.0).pow(-2 / self.power)
+        scale = powers(torch.where(rms > 0, rms, 1.0), -2 / self.power)
         return root, scale.clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
 
     def describe(self) -> dict[str, Any]:
@@ -162,15 +164,15 @@ class Logarithm(Root):
 
     def _kept(self, a: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors, ok = eigh(a)
-        x = (vectors * -damped(values, self._floor, clamp=True).log().unsqueeze(-2)) @ vectors.mT
+        x = (vectors * -everywhere(torch.log, damped(values, self._floor, clamp=True)).unsqueeze(-2)) @ vectors.mT
         return x, ok & finite(x)
 
     def _read(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors, ok = eigh(x)
         smallest = values[..., :1]
-        values = (smallest - values).exp()  # 1 for the smallest of X, the largest of A
+        values = everywhere(torch.exp, smallest - values)  # 1 for the smallest of X, the largest of A
         if ridge is not None:
-            values = (values * smallest.clamp(min=-60).neg().exp() - ridge.unsqueeze(-1)).clamp(min=0)
+            values = (values * everywhere(torch.exp, -smallest.clamp(min=-60)) - ridge.unsqueeze(-1)).clamp(min=0)
         return matrix_power(with_sum(values, total), vectors, 1.0), ok
 
     def _normalized_root(self, x: Tensor) -> Tensor:
