@@ -38,12 +38,13 @@ from lowbit_optim.checkpoint.live import (
     set_random_state,
 )
 from lowbit_optim.checkpoint.manifest import CheckpointError, has_manifest
-from lowbit_optim.checkpoint.pieces import checked_layout, is_dtensor
+from lowbit_optim.checkpoint.pieces import checked_layout
 from lowbit_optim.checkpoint.ranks import Ranks
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest, rotate
 from lowbit_optim.checkpoint.tensors import snapshot
 from lowbit_optim.checkpoint.writing import commit
+from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.planning import PlanError, parse_bytes
 
 __all__ = ["CheckpointError", "Saving", "load_checkpoint", "save_checkpoint"]

@@ -1,23 +1,12 @@
 """Tensors of which each rank has some rows: a DTensor's, and those that a checkpoint has in several files."""
 
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 
 from lowbit_optim.checkpoint.ranks import Ranks
-
-
-def is_dtensor(value: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor. Importing its module takes half a second, and whoever has one has imported it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of it: of all but a DTensor, the tensor itself."""
-    return tensor.to_local().detach() if is_dtensor(tensor) else tensor
+from lowbit_optim.distributed import chunks, is_dtensor, local
 
 
 class Layout(NamedTuple):
@@ -27,14 +16,13 @@ class Layout(NamedTuple):
     placements: tuple[Any, ...]
 
     def rows(self, count: int) -> tuple[int, int]:
-        """Of so many rows the first that this rank has, and the one after its last; as torch.chunk cuts them."""
+        """Of so many rows the first that this rank has, and the one after its last."""
         place = self.mesh.get_coordinate()
         if place is None:
             return count, count
         for dim, placement in enumerate(self.placements):
             if placement.is_shard():
-                each = -(-count // self.mesh.size(dim))
-                return min(count, place[dim] * each), min(count, (place[dim] + 1) * each)
+                return chunks(count, self.mesh.size(dim))[place[dim]]
         return 0, count
 
     def writes(self, count: int) -> bool:

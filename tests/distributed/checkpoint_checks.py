@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lowbit_optim import Shampoo
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tests.checkpoint.common import same
 from tests.checkpoint.golden import make as golden
@@ -78,9 +79,9 @@ def train(objects, steps):
 
 
 def whole(value):
-    """With full tensors in the place of DTensors, all the way down."""
+    """With full tensors in the place of DTensors and keys in order, all the way down."""
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return type(value)(map(whole, value))
     if isinstance(value, DTensor):
@@ -105,6 +106,12 @@ def meshes(world):
     """Of the first n ranks, for all n, with their groups; every rank makes all of them."""
     found = {n: DeviceMesh("cpu", list(range(n))) for n in range(1, world + 1)}
     return {n: (mesh, mesh.get_group() if dist.get_rank() < n else None) for n, mesh in found.items()}
+
+
+def on_rank_0(work):
+    if dist.get_rank() == 0:
+        work()
+    dist.barrier()
 
 
 # ---- saved and loaded ------------------------------------------------------------------------------------------------
@@ -244,6 +251,38 @@ def check_state_in_blocks(rank, world, folder):
         other = Sums(models[1].parameters(), mesh, 3).fill(1.0)
         with pytest.raises(CheckpointError, match=r"/sums' is torch.bfloat16 \[5, 2, 3\], the live .* \[3, 2, 3\]"):
             load(optimizer=other)
+
+
+def second_order(seed, mesh=None, group=None, steps=0):
+    """With several blocks to each weight: of one process, of a group (DDP), or of a mesh (FSDP2)."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4))
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    settings = {"bits": 2, "min_quant_size": 1, "statistics_frequency": 1, "max_preconditioner_dim": 5}
+    optimizer = Shampoo(model.parameters(), lr=0.01, base_bits=32, process_group=group, **settings)
+    for step in range(steps):
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"model": model, "optimizer": optimizer}
+
+
+def check_second_order(rank, world, folder):
+    """State of one process, of owners of blocks (DDP) and of shards (FSDP2), each loaded by the others."""
+    expected = picture(second_order(0, steps=3))
+    on_rank_0(lambda: save_checkpoint(folder / "plain", **second_order(0, steps=3)))
+    for n, (mesh, group) in meshes(world).items():
+        saved = folder / "plain"
+        layouts = {"ddp": {"group": group}, "fsdp": {"mesh": mesh}, "again": {"group": group}, "one": {}}
+        for name, layout in layouts.items() if rank < n else ():
+            for steps in (2, 0):
+                live = second_order(1, **layout, steps=steps)
+                load_checkpoint(saved, **live, process_group=group)
+                assert same(picture(live), expected)
+            saved = folder / f"{name}-{n}"
+            save_checkpoint(saved, **live, process_group=group)
 
 
 def check_small_files_kept(rank, world, folder):

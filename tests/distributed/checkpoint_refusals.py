@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.checkpoint.writing import locked
 from tests.checkpoint.common import same, sealed
-from tests.distributed.checkpoint_checks import build, picture, whole
+from tests.distributed.checkpoint_checks import build, on_rank_0, picture, whole
 
 
 def locals_of(objects):
@@ -40,12 +40,6 @@ def everyone_raises(kind, match, call, *objects):
     assert all(same(one, locals_of(thing)) for one, thing in zip(before, objects, strict=True))
     assert same(states, (random.getstate(), torch.get_rng_state()))
     return messages
-
-
-def on_rank_0(work):
-    if dist.get_rank() == 0:
-        work()
-    dist.barrier()
 
 
 def check_damage(rank, world, folder):
