@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from lowbit_optim.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from lowbit_optim.checkpoint.writing import locked
-from tests.checkpoint.common import same, sealed
+from tests.checkpoint.common import copied_before, same, sealed
 from tests.distributed.checkpoint_checks import build, on_rank_0, picture, whole
 
 
@@ -127,6 +127,19 @@ def full_disk(function):
         return function(*args, **keywords)
 
     return failing
+
+
+def check_power_cuts(rank, world, folder):
+    """The folder is copied before every change of it by the first rank: as all would leave it if they vanished."""
+    mesh, run = DeviceMesh("cpu", list(range(world))), folder / "run"
+    objects = build(0, mesh)
+    save_checkpoint(run, **objects, step=1, process_group=dist.group.WORLD)
+    copying = copied_before(pytest.MonkeyPatch, run, ("fsync", "replace", "unlink")) if rank == 0 else None
+    with copying or contextlib.nullcontext([]) as copies:
+        save_checkpoint(run, **objects, step=2, process_group=dist.group.WORLD)
+    steps = [load_checkpoint(copy, **build(1))["step"] for copy in copies]
+    assert steps == sorted(steps)
+    assert rank or ({*steps} == {1, 2} and len(steps) > 8)
 
 
 def check_undone(rank, world, folder):
