@@ -25,6 +25,9 @@ from lowbit_optim.shards import is_dtensor, local
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# Its older name, which torch 2.13 warns of, is that of torch 2.10.
+all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Run = tuple[int, int]  # the first, and the last + 1
 Runs = tuple[Run, ...]  # of each rank
@@ -249,7 +252,7 @@ class Team:
         torch.cat([b.reshape(-1).to(dtype) for b in blocks], out=own[: sizes[self.rank]])
         out = torch.empty(self.size * max(sizes), dtype=dtype, device=device)
         self.sent += own.nbytes * (self.size - 1)
-        work = dist.all_gather_into_tensor(out, own, group=self.group, async_op=True)
+        work = all_gather(out, own, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()
@@ -277,7 +280,7 @@ class Team:
         own[: len(table)] = table
         out = table.new_empty(self.size * most, table.shape[1])
         self.sent += own.nbytes * (self.size - 1)
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        all_gather(out, own, group=self.group)
         return out[order]
 
     def largest(self, x: Tensor) -> Tensor:
@@ -295,7 +298,7 @@ class Team:
         codes = [zlib.crc32(repr(value).encode()) for value in described.values()]
         own = torch.tensor(codes, device=self._device_of_checks(device))
         out = own.new_empty(self.size * len(codes))
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        all_gather(out, own, group=self.group)
         found = out.view(self.size, -1).tolist()
         for i, (what, value) in enumerate(described.items()):
             if len({codes[i] for codes in found}) > 1:
