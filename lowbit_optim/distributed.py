@@ -9,22 +9,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import heapq
-import sys
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Rectangle, blocking
+from lowbit_optim.shards import is_dtensor, local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
+
+# Its older name, which torch 2.13 warns of, is that of torch 2.10.
+all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Run = tuple[int, int]  # the first, and the last + 1
@@ -105,17 +107,6 @@ def chunks(count: int, ranks: int) -> Runs:
 
 
 # ---- the rows that a rank has ----------------------------------------------------------------------------------------
-
-
-def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    """Whether it is one; without importing what only programs with DTensors need."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def local(x: Tensor) -> Tensor:
-    """What this rank has of a tensor; writing to it writes to the tensor."""
-    return x.to_local() if is_dtensor(x) else x
 
 
 class _Rows:
@@ -261,7 +252,7 @@ class Team:
         torch.cat([b.reshape(-1).to(dtype) for b in blocks], out=own[: sizes[self.rank]])
         out = torch.empty(self.size * max(sizes), dtype=dtype, device=device)
         self.sent += own.nbytes * (self.size - 1)
-        work = dist.all_gather_into_tensor(out, own, group=self.group, async_op=True)
+        work = all_gather(out, own, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()
@@ -289,7 +280,7 @@ class Team:
         own[: len(table)] = table
         out = table.new_empty(self.size * most, table.shape[1])
         self.sent += own.nbytes * (self.size - 1)
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        all_gather(out, own, group=self.group)
         return out[order]
 
     def largest(self, x: Tensor) -> Tensor:
@@ -298,23 +289,31 @@ class Team:
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
-    def agree(self, described: dict[str, Any], device: torch.device) -> None:
-        """Raise RuntimeError, on every rank, unless what is described has the same ``repr`` on all of them."""
+    def agree(self, described: dict[str, Any], device: torch.device, problem: Exception | None = None) -> None:
+        """Raise RuntimeError, on every rank, unless what is described has the same ``repr`` on all of them.
+
+        Args:
+            problem: what this rank has found wrong, which it raises when the others know.
+        """
         codes = [zlib.crc32(repr(value).encode()) for value in described.values()]
         own = torch.tensor(codes, device=self._device_of_checks(device))
         out = own.new_empty(self.size * len(codes))
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        all_gather(out, own, group=self.group)
         found = out.view(self.size, -1).tolist()
         for i, (what, value) in enumerate(described.items()):
             if len({codes[i] for codes in found}) > 1:
                 values: list[Any] = [None] * self.size
                 dist.all_gather_object(values, repr(value), group=self.group)
+                if problem is not None:
+                    raise problem
                 other = next(rank for rank, x in enumerate(values) if x != values[0])
                 raise RuntimeError(
                     f"the processes that share this optimizer's blocks do not agree on {what}: rank 0 has "
                     f"{_around_difference(values[0], values[other])}, rank {other} "
                     f"{_around_difference(values[other], values[0])}. Nothing has changed; make it the same"
                 )
+        if problem is not None:
+            raise problem
 
     def _device_of_checks(self, device: torch.device) -> torch.device:
         """Where a few numbers are compared: on the CPU if the group can, for then no device is waited for."""

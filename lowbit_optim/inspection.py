@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_optim.checkpoint.manifest import CheckpointError, read_manifest
-from lowbit_optim.checkpoint.reading import Place, codecs_in, header_of, opened, read, trainer_of
+from lowbit_optim.checkpoint.pieces import Piece
+from lowbit_optim.checkpoint.reading import Place, codecs_in, header_of, opened, pieces_in, read, trainer_of
 from lowbit_optim.checkpoint.rotation import newest_in
 from lowbit_optim.checkpoint.tensors import DTYPE_NAMES
 from lowbit_optim.optimizers.report import aligned
@@ -70,7 +71,7 @@ def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
     folder = newest_in(path)
     if verify:
         read(folder)
-    found: list[Row] = []
+    found: dict[tuple[str, str], Row] = {}
     codecs: dict[str, Any] = {}
     head: dict[str, Any] = {"path": str(folder), "verified": verify, "library_version": None}
     for kind, entries in read_manifest(folder).items():
@@ -78,13 +79,14 @@ def inspect(path: Path, verify: bool = False) -> dict[str, Any]:
             with opened(folder / entry.name, entry) as source:
                 if kind == "trainer":
                     head |= _trainer(trainer_of(source, entry))
-                else:
+                elif kind != "random":
                     places, metadata = header_of(source, entry)
                     head["library_version"] = metadata.get("library_version", head["library_version"])
                     codecs |= codecs_in(metadata)
-                    found += [_row(kind, name, place) for name, place in places.items()]
-    _explain(found, codecs)
-    return head | {"tensors": [asdict(entry) for entry in found], "totals": _totals(found)}
+                    _add_rows(found, kind, places, pieces_in(metadata, places))
+    rows = [*found.values()]
+    _explain(rows, codecs)
+    return head | {"tensors": [asdict(entry) for entry in rows], "totals": _totals(rows)}
 
 
 def run(path: Path, verify: bool = False, as_json: bool = False) -> int:
@@ -106,9 +108,16 @@ def printable(text: str) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _row(kind: str, name: str, place: Place) -> Row:
-    parameter, _, key = name.rpartition("/") if kind == "optimizer" else (name, "", "")
-    return Row(kind, name, parameter, key, DTYPE_NAMES[place.dtype], place.shape, place.size, dense_bytes=place.size)
+def _add_rows(
+    found: dict[tuple[str, str], Row], kind: str, places: Mapping[str, Place], pieces: Mapping[str, Piece]
+) -> None:
+    """Add the tensors of a file; one in pieces is one row, with the bytes of all of them."""
+    for own_name, place in places.items():
+        name, shape, _ = pieces.get(own_name, Piece(own_name, place.shape, 0))
+        parameter, _, key = name.rpartition("/") if kind == "optimizer" else (name, "", "")
+        row = found.setdefault((kind, name), Row(kind, name, parameter, key, DTYPE_NAMES[place.dtype], shape, 0))
+        row.bytes += place.size
+        row.dense_bytes = row.bytes
 
 
 def _trainer(found: Mapping[str, Any]) -> dict[str, Any]:

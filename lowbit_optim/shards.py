@@ -1,17 +1,32 @@
-"""Tensors of which every process has some rows: DTensors, as FSDP2 makes a model's parameters."""
+"""Tensors of which every process has some rows: DTensors, as FSDP2 makes a model's parameters.
 
+Their module is imported where there are some already, or are to be: it takes a second.
+"""
+
+from __future__ import annotations
+
+import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Whether it is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def local(x: Tensor) -> Tensor:
     """What this process has of a tensor; writing to it writes to the tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
 def here(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -21,18 +36,20 @@ def here(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def mesh_of(x: Tensor) -> DeviceMesh | None:
     """The processes that have the rows of a tensor; None if it is a plain one."""
-    return x.device_mesh if isinstance(x, DTensor) else None
+    return x.device_mesh if is_dtensor(x) else None
 
 
 def alike(x: Tensor, other: Tensor) -> bool:
     """Whether two tensors are both plain, or have their rows in the same places."""
-    if isinstance(x, DTensor) and isinstance(other, DTensor):
+    if is_dtensor(x) and is_dtensor(other):
         return x.device_mesh == other.device_mesh and x.placements == other.placements
-    return isinstance(x, DTensor) == isinstance(other, DTensor)
+    return is_dtensor(x) == is_dtensor(other)
 
 
 def in_rows(x: DTensor) -> bool:
     """Whether every process has whole rows, one after the other: all of them, or those of its place in the mesh."""
+    from torch.distributed.tensor import Replicate, Shard
+
     # FSDP2 over tensor parallelism has shards of the first dim that are not in the order of the mesh: another class.
     return all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in x.placements)
 
@@ -52,17 +69,23 @@ def first_row(x: DTensor) -> int:
 def zeros(shape: torch.Size, dtype: torch.dtype, other: Tensor) -> Tensor:
     """Zeros on the device of another tensor, of a shape with as many rows, placed as it is."""
     rows = torch.zeros((*local(other).shape[:1], *shape[1:]), dtype=dtype, device=other.device)
-    if not isinstance(other, DTensor):
+    if not is_dtensor(other):
         return rows
+    from torch.distributed.tensor import DTensor
+
     stride = torch.empty(shape, device="meta").stride()
     whole = DTensor.from_local(rows, other.device_mesh, other.placements, shape=shape, stride=stride)
     return whole.to(rows.device)  # from_local has moved what is offloaded to the mesh's device
 
 
 def placed(x: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same on all processes, placed as the other one is; a DTensor as it is."""
-    if isinstance(x, DTensor) or not isinstance(other, DTensor):
+    """A tensor, the same on all processes, placed as the other one is; of a DTensor, a plain one takes the whole."""
+    if is_dtensor(x) and not is_dtensor(other):
+        return x.full_tensor()
+    if is_dtensor(x) or not is_dtensor(other):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     whole = distribute_tensor(x.detach(), other.device_mesh, other.placements, src_data_rank=None)
     return whole.to(x.device)
 
@@ -77,7 +100,7 @@ def total(counts: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
     found = list(counts)
     meshes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
     for i, x in enumerate(of):
-        if isinstance(x, DTensor):
+        if is_dtensor(x):
             shards = tuple(dim for dim, placement in enumerate(x.placements) if placement.is_shard())
             meshes.setdefault((x.device_mesh, shards), []).append(i)
     for (mesh, shards), members in meshes.items():

@@ -5,13 +5,14 @@
     optimizer-<token>.safetensors   state tensors as "<parameter>/<state key>"; codecs and codebooks in the header
     trainer-<token>.json            step, extras, scheduler, random states, param groups, which tensor goes where
 
+In a process group each rank writes the rows that it has into files of its own, model-rank00001-<token>.safetensors.
+
 Every save writes files of fresh names, and replacing checkpoint.json is the commit. Plain JSON turns integer keys into
 strings and tuples into lists (after which MultiStepLR never decays again), so what JSON lacks is tagged: `{"$tuple":
 [1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is specified in docs/checkpoints.md.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -19,39 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from lowbit_optim.checkpoint.background import Saving, in_background, join_last, last_in
+from lowbit_optim.checkpoint.background import Saving, in_background, join_all, join_last, last_in
+from lowbit_optim.checkpoint.contents import check_same, contents_of
 from lowbit_optim.checkpoint.fitting import fit_model, fit_optimizer
 from lowbit_optim.checkpoint.live import (
-    class_name,
     load_optimizer,
     match_model,
     match_optimizer,
     model_undo,
     optimizer_undo,
-    parameter_names,
-    parameter_shapes,
+    parameters_of,
     random_state,
     scheduler_undo,
     section_of,
     set_random_state,
 )
-from lowbit_optim.checkpoint.manifest import (
-    FORMAT_VERSION,
-    LARGEST_JSON,
-    CheckpointError,
-    has_manifest,
-    library_version,
-)
+from lowbit_optim.checkpoint.manifest import CheckpointError, has_manifest
+from lowbit_optim.checkpoint.pieces import checked_layout
+from lowbit_optim.checkpoint.ranks import Ranks
+from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest, rotate
-from lowbit_optim.checkpoint.tensors import Part, Pool, codec_metadata, codecs_of, snapshot
-from lowbit_optim.checkpoint.values import encode
+from lowbit_optim.checkpoint.tensors import snapshot
 from lowbit_optim.checkpoint.writing import commit
+from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.planning import PlanError, parse_bytes
 
 __all__ = ["CheckpointError", "Saving", "load_checkpoint", "save_checkpoint"]
 
-_LARGEST = 5 * 10**9  # bytes of the tensors in a file
 _RESERVED = "report"  # what `load_checkpoint(strict=False)` returns beside the extras
 
 
@@ -65,6 +62,7 @@ def save_checkpoint(
     keep: int | None = None,
     max_file_size: int | str = "5GB",
     background: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
     **extras: Any,
 ) -> Saving:
     """Write a checkpoint into the folder `path`, replacing the one that is there.
@@ -87,6 +85,10 @@ def save_checkpoint(
             several files. A single tensor may be larger. Default "5GB".
         background: copy everything to the host, return, and write in a thread. It takes room on the host for all that
             is saved. The next save into the same folder first waits for this one. Default False.
+        process_group: all of whose ranks call this with the same arguments and write together into the same folder:
+            each its rows of DTensors (as `fully_shard` makes them) and its random states, the first rank all else,
+            which is taken from it alone. With `background` it must be a gloo group that nothing else uses. Default
+            None: this process writes alone, and has all rows of what it saves.
         **extras: come back too, under any name but "report": None, bool, int, float, str, bytes, list, tuple, dict,
             OrderedDict, Counter, torch tensors, numpy arrays and scalars, nested as you like.
 
@@ -97,24 +99,31 @@ def save_checkpoint(
     Raises:
         TypeError: a value that cannot be stored exactly, named by where it is; nothing has been written.
         ValueError: the optimizer has a parameter that is not the model's, or an argument is none of the above, or the
-            extras are over 1 GB; nothing has been written.
+            extras are over 1 GB, or ranks have not the same, or are absent that have rows; nothing has been written.
         BlockingIOError: another process or thread is saving into the folder; nothing has been written.
         OSError: writing failed; the earlier checkpoint is intact. If only the last sync of the folder failed, this one
             is there already, whole, but a power cut may still bring the earlier one back.
+        RuntimeError: another rank has ended, or gave no answer within the timeout of the process group; what is there
+            is the earlier checkpoint or this one, whole. What a rank raises of all the above, every rank raises.
     """
     folder = Path(path)
-    largest = _bytes(max_file_size)
-    _check_arguments(folder, step, keep, extras)
-    last_in(folder).wait()
-    trainer = {"step": step, "extras": extras, "random": random_state()}
-    contents = contents_of(model, optimizer, scheduler, trainer, largest)
-    if background:
-        contents = {kind: snapshot(parts) for kind, parts in contents.items()}
+    ranks = Ranks(process_group)
+    with ranks.agreed():
+        largest = _bytes(max_file_size)
+        _check_arguments(folder, step, keep, extras)
+        _check_group(process_group, background)
+        last_in(folder).wait()
+    with ranks.agreed():
+        trainer = {"step": step, "extras": extras, "random": random_state()}
+        contents, pools = contents_of(model, optimizer, scheduler, trainer, largest, ranks)
+        if background:
+            contents = {kind: snapshot(parts) for kind, parts in contents.items()}
+    check_same(ranks, pools, {"step": step, "keep": keep})
     if keep is None:
-        write = partial(commit, folder, contents)
+        write = partial(commit, folder, contents, ranks)
     else:
         assert step is not None
-        write = partial(rotate, folder, step, keep, contents)
+        write = partial(rotate, folder, step, keep, contents, ranks)
     if background:
         return in_background(folder, write)
     write()
@@ -147,48 +156,15 @@ def _check_arguments(folder: Path, step: int | None, keep: int | None, extras: d
         )
 
 
-def contents_of(
-    model: torch.nn.Module | None, optimizer: Any, scheduler: Any, trainer: dict[str, Any], largest: int = _LARGEST
-) -> dict[str, list[Part]]:
-    """The files of each kind; ``trainer`` has "step", "extras" and "random"."""
-    library = {"format": "pt", "format_version": str(FORMAT_VERSION), "library_version": library_version()}
-    contents: dict[str, list[Part]] = {}
-    sections: dict[str, Any] = {"model": None, "optimizer": None, "scheduler": None}
-    if model is not None:
-        tensors = Pool("model")
-        state = model.state_dict()
-        sections["model"] = {
-            "state_dict": {name: tensors.put(name, value) for name, value in state.items()},
-            "versions": getattr(state, "_metadata", None),  # of the modules' state, which load_state_dict looks at
-        }
-        contents["model"] = tensors.parts(largest, lambda _: library)
-    if optimizer is not None:
-        tensors = Pool("optimizer")
-        state_dict = optimizer.state_dict()
-        names = parameter_names(optimizer, state_dict, model)
-        stored = {
-            index: {key: tensors.put(f"{names.get(index, index)}/{key}", value) for key, value in entry.items()}
-            for index, entry in state_dict["state"].items()
-        }
-        sections["optimizer"] = {
-            "class": class_name(optimizer),
-            "names": None if model is None else list(names.values()),
-            "shapes": parameter_shapes(optimizer),
-            "state_dict": state_dict | {"state": stored},
-        }
-        codecs = codecs_of(optimizer, names)
-        contents["optimizer"] = tensors.parts(largest, lambda part: library | codec_metadata(codecs, part))
-    if scheduler is not None:
-        sections["scheduler"] = {"class": class_name(scheduler), "state_dict": scheduler.state_dict()}
-    encoded = {key: encode(value, key) for key, value in (sections | trainer).items()}
-    text = json.dumps(encoded, allow_nan=False).encode()
-    if len(text) > LARGEST_JSON:
+def _check_group(process_group: Any, background: bool) -> None:
+    if process_group is None:
+        return
+    join_all()
+    if background and (process_group is dist.group.WORLD or dist.get_backend(process_group) != "gloo"):
         raise ValueError(
-            f"the extras, with all else that is no tensor of the model or optimizer, are {len(text)} bytes of JSON, "
-            f"more than {LARGEST_JSON}: keep what is large in a file of its own, or as buffers of the model"
+            "background=True exchanges a little between the ranks in a thread, and must not meet the training's own "
+            'exchanges: give a process_group that nothing else uses, torch.distributed.new_group(backend="gloo")'
         )
-    contents["trainer"] = [Part(text, {})]
-    return contents
 
 
 def load_checkpoint(
@@ -198,6 +174,7 @@ def load_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     strict: bool = True,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> dict[str, Any]:
     """Load what was saved in the folder `path` into the objects given, and restore the random states.
 
@@ -217,6 +194,9 @@ def load_checkpoint(
             of the parameters that fit by name (by index, if it was saved or is loaded without a model) and shape, where
             the optimizer takes it, and the settings of param groups of the same parameters. All else of the two stays
             as it is. The scheduler is loaded as ever. Default True.
+        process_group: all of whose ranks call this with the same arguments: all of them load the checkpoint, or none,
+            however many have saved it. Each reads of DTensors its own rows, and gets the random states of the rank of
+            its number, if there was one. Only with strict. Default None: this process loads alone.
 
     Returns:
         `{"step": step, **extras}` as saved; torch tensors come back on the CPU. With strict=False also "report": for
@@ -225,50 +205,104 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, of a newer format, or of other objects; or an object
-            refused its state. All the objects and random states are as they were.
-        ValueError: the optimizer has a parameter that is not the model's; nothing has been touched.
+            refused its state. All the objects and random states are as they were, on all ranks.
+        ValueError: the optimizer has a parameter that is not the model's, or ranks do not take part that have rows of
+            its tensors, or there are several and strict is False; nothing has been touched.
+        TypeError: a DTensor has placements that a checkpoint cannot hold; nothing has been touched.
+        RuntimeError: another rank has ended, or gave no answer within the timeout of the process group, before
+            anything was touched; once it was, that is a CheckpointError, too.
     """
     folder = Path(path)
+    ranks = Ranks(process_group)
+    if ranks.size > 1 and not strict:
+        raise ValueError("strict=False is for one process: what fits could be another thing on each rank of a group")
+    if process_group is not None:
+        join_all()
     join_last(folder)
-    checkpoint = read_newest(folder)
-    # What is live, how to put it back, how to load it.
-    loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]] = []
+    with ranks.agreed():
+        checkpoint = read_newest(folder, ranks)
+    _check_one_checkpoint(folder, checkpoint, ranks)
+    # An optimizer's may be an exchange between the ranks: all of them are here, or none.
+    live: dict[str, Any] = {"model": None if model is None else model.state_dict()}
+    live["optimizer"] = None if optimizer is None else optimizer.state_dict()
+    with ranks.agreed():
+        _check_present(optimizer, live, ranks)
+        loads, report = _matched(checkpoint, model, optimizer, scheduler, live, strict)
+    del live  # the optimizer may have made it for this
+    _load(folder, loads, checkpoint.random.get(ranks.rank), ranks)
+    reported = {} if strict else {_RESERVED: report}
+    return {"step": checkpoint.trainer["step"], **checkpoint.trainer["extras"], **reported}
+
+
+def _check_one_checkpoint(folder: Path, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Raise CheckpointError on all ranks if they do not read the same."""
+    found = ranks.all(Path(checkpoint.files["trainer"]).name)
+    if len({*found}) > 1:
+        raise CheckpointError(
+            f"{folder}: the ranks found {', '.join(found)}; a save beside this has replaced one by another, or the "
+            "ranks read folders of their own: load again, from one folder that all share"
+        )
+
+
+def _check_present(optimizer: Any, live: dict[str, Any], ranks: Ranks) -> None:
+    """Raise ValueError if a DTensor has rows on ranks that do not take part, and TypeError if it is no such DTensor."""
+    tensors = [(f"model tensor {name!r}", value) for name, value in (live["model"] or {}).items()]
+    if optimizer is not None:
+        tensors += [(f"parameter {i} of the optimizer", value) for i, value in enumerate(parameters_of(optimizer))]
+        for i, entry in live["optimizer"]["state"].items():
+            tensors += [(f"{key!r} of parameter {i} of the optimizer", value) for key, value in entry.items()]
+    for what, value in tensors:
+        if is_dtensor(value):
+            checked_layout(what, value, ranks)
+
+
+# What is live, how to put it back, how to load it.
+_Loads = list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]]
+
+
+def _matched(
+    checkpoint: Checkpoint,
+    model: torch.nn.Module | None,
+    optimizer: Any,
+    scheduler: Any,
+    live: dict[str, Any],
+    strict: bool,
+) -> tuple[_Loads, dict[str, Any]]:
+    """What is to be done, and the report of what is not strict; ``live`` are the state dicts."""
+    loads: _Loads = []
     report: dict[str, Any] = {}
     if model is not None:
         if strict:
-            state = match_model(checkpoint, model)
+            state = match_model(checkpoint, model, live["model"])
         else:
-            state, report["model"] = fit_model(checkpoint, model)
+            state, report["model"] = fit_model(checkpoint, model, live["model"])
         loads.append((model, model_undo, partial(model.load_state_dict, state)))
     if optimizer is not None:
         if strict:
-            state = match_optimizer(checkpoint, optimizer, model)
+            state = match_optimizer(checkpoint, optimizer, model, live["optimizer"])
         else:
-            state, report["optimizer"] = fit_optimizer(checkpoint, optimizer, model)
+            state, report["optimizer"] = fit_optimizer(checkpoint, optimizer, model, live["optimizer"])
         if strict or report["optimizer"]["matched"]:
             load = partial(load_optimizer, optimizer, state, checkpoint.tensors["optimizer"])
             loads.append((optimizer, optimizer_undo, load))
     if scheduler is not None:
         state = section_of(checkpoint, "scheduler", scheduler)[1]["state_dict"]
         loads.append((scheduler, scheduler_undo, partial(scheduler.load_state_dict, state)))
-    _load(folder, loads, checkpoint.trainer["random"])
-    reported = {} if strict else {_RESERVED: report}
-    return {"step": checkpoint.trainer["step"], **checkpoint.trainer["extras"], **reported}
+    return loads, report
 
 
-def _load(
-    folder: Path,
-    loads: list[tuple[Any, Callable[[Any], Callable[[], None]], Callable[[], Any]]],
-    random: dict[str, Any],
-) -> None:
-    """Load all of them, the last first, and the random states; or none."""
+def _load(folder: Path, loads: _Loads, random: dict[str, Any] | None, ranks: Ranks) -> None:
+    """Load all of them, the last first, and the random states if there are any for this rank; or none, on all ranks."""
+    before = random_state()
     with contextlib.ExitStack() as undo:
         try:
-            undo.callback(set_random_state, random_state())
+            undo.callback(set_random_state, before)
             for live, prepare_undo, load in reversed(loads):
-                undo.callback(prepare_undo(live))
-                load()
-            set_random_state(random)
+                with ranks.agreed():
+                    undo.callback(prepare_undo(live))
+                    load()
+            with ranks.agreed():
+                set_random_state(before if random is None else random)
         except Exception as error:
             raise CheckpointError(
                 f"{folder}: the files are intact, but loading them raised {type(error).__name__}: {error}; "

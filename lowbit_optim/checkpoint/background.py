@@ -69,6 +69,12 @@ def join_last(folder: Path) -> None:
         last_in(saved).join()
 
 
+def join_all() -> None:
+    """Return when all saves have ended: ranks that save together must not exchange anything in two threads."""
+    for saving in [*_last.values()]:
+        saving.join()
+
+
 def in_background(folder: Path, work: Callable[[], None]) -> Saving:
     saving = Saving()
     saving.start(work)

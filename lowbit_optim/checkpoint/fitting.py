@@ -12,11 +12,13 @@ from lowbit_optim.checkpoint.live import (
     off_file,
     parameter_names,
     parameter_shapes,
+    parameters_of,
     refusal,
     resolve,
     saved_entry,
 )
 from lowbit_optim.checkpoint.manifest import CheckpointError
+from lowbit_optim.checkpoint.pieces import layout_of
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.tensors import memory_key
 
@@ -34,13 +36,12 @@ def report_of(saved: list[str], live: list[str], mismatched: dict[str, str]) -> 
     }
 
 
-def fit_model(checkpoint: Checkpoint, model: torch.nn.Module) -> tuple[dict[str, Any], Report]:
-    """The model's state dict with what was saved in its place, by name, shape and dtype."""
-    live = model.state_dict()
+def fit_model(checkpoint: Checkpoint, model: torch.nn.Module, live: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+    """The model's ``live`` state dict with what was saved in its place, by name, shape and dtype."""
     section = checkpoint.trainer["model"] or {"state_dict": {}, "versions": None}
     file = checkpoint.files.get("model", checkpoint.files["trainer"])
     stored = section["state_dict"]
-    saved = resolve(file, stored, checkpoint.tensors["model"])
+    saved = resolve(file, stored, checkpoint.tensors["model"], lambda name, _: layout_of(live.get(name)))
     mismatched: dict[str, str] = {}
     tied: dict[Any, str] = {}
     for name in [name for name in live if name in saved]:
@@ -72,14 +73,13 @@ class _Saved(NamedTuple):
 
 
 def fit_optimizer(
-    checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None
+    checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None, live: dict[str, Any]
 ) -> tuple[dict[str, Any], Report]:
-    """The optimizer's state dict with the state of each parameter of the same name, where it takes that.
+    """The optimizer's ``live`` state dict with the state of each parameter of the same name, where it takes that.
 
     If either side has no names, parameters are the same whose indices are; the report has the live names all the same.
     A group of exactly the saved parameters has the saved settings, every other its own.
     """
-    live = optimizer.state_dict()
     labels = parameter_names(optimizer, live, model)
     section = checkpoint.trainer["optimizer"]
     if section is None:
@@ -100,10 +100,11 @@ def fit_optimizer(
                 groups[i] = live["param_groups"][i]
     merged, state, mismatched = {**live, "param_groups": groups}, dict(live["state"]), {}
     shapes = dict(zip(names, parameter_shapes(optimizer), strict=True))
+    parameters = dict(zip(names, parameters_of(optimizer), strict=True))
     for index, name in names.items():
         if name not in saved:
             continue
-        entry = saved_entry(checkpoint, saved[name].index)
+        entry = saved_entry(checkpoint, saved[name].index, live["state"].get(index, {}), parameters[index])
         if problem := _problem(checkpoint, optimizer, merged, index, shapes[index], saved[name], entry):
             mismatched[name] = problem
             continue
@@ -157,7 +158,7 @@ def _problem(
         return f"the parameter is {saved.shape}, the live one {shape}"
     if not entry:
         return None
-    if problems := not_finite_in(checkpoint, saved.index):
+    if problems := not_finite_in(checkpoint, saved.index, entry):
         return problems[0]
     if not hasattr(optimizer, "check_state_dict"):
         live = merged["state"].get(index)

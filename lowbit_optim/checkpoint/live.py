@@ -12,8 +12,10 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from lowbit_optim.checkpoint.manifest import CheckpointError
+from lowbit_optim.checkpoint.pieces import Layout, Mapped, layout_of
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.tensors import Stored, host_copy, memory_key, prefixes_of, raw_bytes
+from lowbit_optim.distributed import local
 from lowbit_optim.optimizers.second_order import SecondOrder
 
 # Of the dtypes that factors and scales are kept in, those that have NaN.
@@ -44,10 +46,13 @@ def parameter_names(optimizer: Any, state_dict: dict[str, Any], model: torch.nn.
     return {index: known[id(parameter)] for index, parameter in pairs}
 
 
+def parameters_of(optimizer: Any) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def parameter_shapes(optimizer: Any) -> list[list[int] | None]:
     """Of all parameters; None of those that have no shape yet (of lazy modules)."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return [None if is_lazy(parameter) else list(parameter.shape) for parameter in parameters]
+    return [None if is_lazy(parameter) else list(parameter.shape) for parameter in parameters_of(optimizer)]
 
 
 def section_of(checkpoint: Checkpoint, kind: str, live: Any) -> tuple[str, dict[str, Any]]:
@@ -88,11 +93,25 @@ def differences(saved: dict[str, Any], live: dict[str, Any], prefix: str = "") -
     return problems
 
 
-def resolve(file: str, entries: dict[Any, Any], tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
-    """Put the tensors of the file where trainer.json says."""
+def resolve(
+    file: str,
+    entries: dict[Any, Any],
+    tensors: dict[str, Mapped],
+    layout: Callable[[Any, Mapped], Layout | None] = lambda key, tensor: None,
+) -> dict[Any, Any]:
+    """Put the tensors of the files where trainer.json says, each with the layout for its key."""
     names = [value.name for value in entries.values() if type(value) is Stored]
     _refuse(file, "checkpoint", [f"tensor {name!r} is missing" for name in names if name not in tensors])
-    return {key: tensors[value.name] if type(value) is Stored else value for key, value in entries.items()}
+
+    found: dict[Any, torch.Tensor] = {}  # tied ones once, here too
+    whole = dict(entries)
+    for key, value in entries.items():
+        if type(value) is Stored:
+            place = value.name, layout(key, tensors[value.name])
+            if place not in found:
+                found[place] = tensors[value.name].placed(place[1])
+            whole[key] = found[place]
+    return whole
 
 
 def off_file(tensors: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
@@ -105,10 +124,11 @@ def off_file(tensors: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
+def match_model(checkpoint: Checkpoint, model: torch.nn.Module, live: dict[str, Any]) -> dict[str, Any]:
+    """The saved state of the model, whose ``live`` state dict it matches in all names, shapes, dtypes and ties."""
     file, section = section_of(checkpoint, "model", model)
-    stored, live = section["state_dict"], model.state_dict()
-    saved = resolve(file, stored, checkpoint.tensors["model"])
+    stored = section["state_dict"]
+    saved = resolve(file, stored, checkpoint.tensors["model"], lambda name, _: layout_of(live.get(name)))
     problems = differences(saved, live)
     tied: dict[Any, str] = {}
     for name, value in live.items():
@@ -127,9 +147,12 @@ def match_model(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, Any
     return whole
 
 
-def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None) -> dict[str, Any]:
+def match_optimizer(
+    checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Module | None, live: dict[str, Any]
+) -> dict[str, Any]:
+    """The saved state dict of the optimizer, whose ``live`` one it matches in groups, names, and shapes and dtypes."""
     file, section = section_of(checkpoint, "optimizer", optimizer)
-    saved, live = section["state_dict"], optimizer.state_dict()
+    saved = section["state_dict"]
     sizes, live_sizes = ([len(group["params"]) for group in d["param_groups"]] for d in (saved, live))
     if sizes != live_sizes:
         _refuse(file, "optimizer", [f"has groups of {sizes} parameters, the live optimizer has {live_sizes}"])
@@ -143,9 +166,13 @@ def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Modu
         f"parameter {name!r} is {old}, the live one {new}" for name, old, new in triples if old not in (None, new)
     ]
     _refuse(file, "optimizer", changed)
-    state = {index: saved_entry(checkpoint, index) for index in saved["state"]}
+    parameters = dict(zip(names, parameters_of(optimizer), strict=True))
+    state = {
+        index: saved_entry(checkpoint, index, live["state"].get(index, {}), parameters.get(index))
+        for index in saved["state"]
+    }
     whole = {**saved, "state": state}
-    if not_finite := [problem for index in state for problem in not_finite_in(checkpoint, index)]:
+    if not_finite := [problem for index in state for problem in not_finite_in(checkpoint, index, state[index])]:
         raise CheckpointError(f"{file}: {not_finite[0]}; the state was damaged before it was saved: use an earlier one")
     if hasattr(optimizer, "check_state_dict"):
         if problem := refusal(optimizer, whole):
@@ -159,22 +186,34 @@ def match_optimizer(checkpoint: Checkpoint, optimizer: Any, model: torch.nn.Modu
     return whole
 
 
-def saved_entry(checkpoint: Checkpoint, index: Any) -> dict[str, Any]:
-    """The state of a parameter, by its index when saved."""
+def saved_entry(checkpoint: Checkpoint, index: Any, live: dict[str, Any], parameter: Any) -> dict[str, Any]:
+    """The state of a parameter, by its index when saved; laid out as what is live, or as the optimizer makes it."""
+
+    def layout(key: str, tensor: Mapped) -> Layout | None:
+        if isinstance(live.get(key), torch.Tensor):
+            return layout_of(live[key])
+        of_parameter = layout_of(parameter)
+        like_it = of_parameter and (len(tensor.chunks) > 1 or tensor.shape == list(parameter.shape))
+        return of_parameter if like_it else None
+
     entry = checkpoint.trainer["optimizer"]["state_dict"]["state"].get(index, {})
-    return resolve(checkpoint.files["optimizer"], entry, checkpoint.tensors["optimizer"])
+    return resolve(checkpoint.files["optimizer"], entry, checkpoint.tensors["optimizer"], layout)
 
 
-def not_finite_in(checkpoint: Checkpoint, index: Any) -> list[str]:
-    """What is wrong with the numbers (scales, diagonals, ...) of a parameter's factors and coded moments."""
-    entry = checkpoint.trainer["optimizer"]["state_dict"]["state"].get(index, {})
-    names = {value.name for value in entry.values() if type(value) is Stored}
-    coded = [name for name in names if not checkpoint.codecs.keys().isdisjoint(prefixes_of(name))]
-    tensors = [(name, checkpoint.tensors["optimizer"][name]) for name in sorted(coded)]
+def not_finite_in(checkpoint: Checkpoint, index: Any, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with the numbers (scales, diagonals, ...) of a parameter's factors and coded moments, here.
+
+    Args:
+        entry: ``saved_entry`` of this index.
+    """
+    stored = checkpoint.trainer["optimizer"]["state_dict"]["state"].get(index, {})
+    tensors = {value.name: local(entry[key]) for key, value in stored.items() if type(value) is Stored}
     return [
         f"tensor {name!r} holds NaN or infinity, which no optimizer keeps there"
-        for name, tensor in tensors
-        if tensor.dtype in _NUMBERS and not tensor.isfinite().all()
+        for name, tensor in sorted(tensors.items())
+        if not checkpoint.codecs.keys().isdisjoint(prefixes_of(name))
+        and tensor.dtype in _NUMBERS
+        and not tensor.isfinite().all()
     ]
 
 
@@ -187,14 +226,15 @@ def refusal(optimizer: Any, state_dict: dict[str, Any]) -> str | None:
     return None
 
 
-def load_optimizer(optimizer: Any, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(optimizer: Any, state: dict[str, Any], tensors: dict[str, Mapped]) -> None:
     """Load state, of which nothing may stay in mapped files: tensors that the optimizer kept are copied."""
     optimizer.load_state_dict(state)
-    mapped = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    chunks = (chunk for tensor in tensors.values() for chunk in tensor.chunks)
+    mapped = {chunk.unverified.untyped_storage().data_ptr() for chunk in chunks}
     copies: dict[Any, torch.Tensor] = {}  # one of tied tensors
     for entry in optimizer.state.values():
         for key, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in mapped:
+            if isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() in mapped:
                 copy_key = memory_key(value) or (id(entry), key)
                 if copy_key not in copies:
                     copies[copy_key] = value.clone()
@@ -250,7 +290,7 @@ def optimizer_undo(optimizer: Any) -> Callable[[], None]:
 
 def model_undo(model: torch.nn.Module) -> Callable[[], None]:
     # The new tensors are mapped from the file, so this copy on the host is the only one.
-    live = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    live = {name: local(value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     kept = {name: raw_bytes(host_copy(tensor)) for name, tensor in live.items()}
 
     @torch.no_grad()

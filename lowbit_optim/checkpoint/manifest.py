@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FORMAT_VERSION = 1
-LARGEST_JSON = 1_000_000_000  # bytes of checkpoint.json and of trainer.json
+FORMAT_VERSION = 2  # the newest that is read
+LARGEST_JSON = 1_000_000_000  # bytes of a JSON file
 MANIFEST = "checkpoint.json"
-KINDS = ("model", "optimizer", "trainer")
 DATA_FILE = re.compile(
-    r"(?P<kind>model|optimizer)(-\d{5,}-of-\d{5,})?-[0-9a-f]{16}\.safetensors|(?P<trainer>trainer)-[0-9a-f]{16}\.json"
+    r"(?P<kind>model|optimizer)(-rank\d{5,})?(-\d{5,}-of-\d{5,})?-[0-9a-f]{16}\.safetensors|"
+    r"(?P<trainer>trainer)-[0-9a-f]{16}\.json|(?P<random>random)-rank\d{5,}-[0-9a-f]{16}\.json"
 )
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -35,6 +35,11 @@ class Entry(NamedTuple):
 def library_version() -> str:
     """The version of this library that is installed."""
     return version("lowbit-optim")
+
+
+def version_for(ranks: int) -> int:
+    """The version of the format that so many ranks write."""
+    return 1 if ranks == 1 else 2
 
 
 def damaged(file: Path, what: object) -> CheckpointError:
@@ -84,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def manifest_bytes(files: dict[str, list[Entry]]) -> bytes:
     """The content of checkpoint.json; its last member is the sha256 of all bytes before that member's comma."""
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version_for(len(files.get("random", ())) + 1),
         "library_version": library_version(),
         "files": {kind: [entry._asdict() for entry in entries] for kind, entries in files.items()},
     }
@@ -125,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, list[Entry]]:
 
 def _entry(kind: str, name: Any, size: Any, sha256: Any, tensors: Any) -> Entry:
     match = DATA_FILE.fullmatch(name)
-    if kind not in KINDS or match is None or kind not in (match["kind"], match["trainer"]):
+    if match is None or kind not in match.group("kind", "trainer", "random"):
         raise ValueError(f"it names the {kind} file {name!r}, where only the {kind} files of the same folder can be")
     if type(size) is not int or size < 0:
         raise ValueError(f"the size of {name} is {size!r}")

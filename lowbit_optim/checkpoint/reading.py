@@ -1,10 +1,12 @@
 """A checkpoint's files, verified: nothing of a file is used before all of it is known to be what was written."""
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +25,8 @@ from lowbit_optim.checkpoint.manifest import (
     regular_size,
     version_of,
 )
+from lowbit_optim.checkpoint.pieces import Chunk, Mapped, Piece, join
+from lowbit_optim.checkpoint.ranks import ALONE, Ranks
 from lowbit_optim.checkpoint.tensors import DTYPES, METADATA
 from lowbit_optim.checkpoint.values import decode
 
@@ -36,9 +40,10 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint. The tensors are mapped from their files, not in memory; writing to one changes no file."""
 
     trainer: dict[str, Any]
-    tensors: defaultdict[str, dict[str, torch.Tensor]]  # by kind of file
+    tensors: defaultdict[str, dict[str, Mapped]]  # by kind of file
     codecs: dict[str, dict[str, Any]]  # of the prefixes of the optimizer's tensors
     files: dict[str, str]  # by kind, for messages
+    random: dict[int, dict[str, Any]]  # the random states of rank 0, and of this rank if they were saved
 
 
 class Place(NamedTuple):
@@ -50,44 +55,90 @@ class Place(NamedTuple):
     size: int
 
 
-def read(folder: Path) -> Checkpoint:
-    """Verify every file of the checkpoint, decode trainer.json and map the tensors."""
+def read(folder: Path, ranks: Ranks = ALONE) -> Checkpoint:
+    """Verify every file of the checkpoint, decode trainer.json and map the tensors.
+
+    Args:
+        ranks: that read it together. Each file is verified by one of them, and a tensor also by those that need it.
+    """
     for _ in range(_MOST_COMMITS):
         seen = version_of(folder / MANIFEST)
         try:
-            return _read(folder)
+            return _read(folder, ranks)
         except CheckpointError:  # of files that a save beside this has swept?
             if version_of(folder / MANIFEST) == seen:
                 raise
-    return _read(folder)
+    return _read(folder, ranks)
 
 
-def _read(folder: Path) -> Checkpoint:
-    checkpoint = Checkpoint({}, defaultdict(dict), {}, {})
+def _read(folder: Path, ranks: Ranks) -> Checkpoint:
+    checkpoint = Checkpoint({}, defaultdict(dict), {}, {}, {})
     manifest = read_manifest(folder)
     for kind, entries in manifest.items():
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         checkpoint.files[kind] = f"{folder / entries[0].name}{more}" if entries else str(folder / MANIFEST)
         for entry in entries:
             _check_size(folder / entry.name, entry)
+    mine = itertools.cycle([rank == ranks.rank for rank in range(ranks.size)])
     for kind, entries in manifest.items():
-        for entry in entries:
-            with opened(folder / entry.name, entry) as source:
+        for number, entry in enumerate(entries, 1):
+            file = folder / entry.name
+            with opened(file, entry) as source:
                 if kind == "trainer":
                     checkpoint.trainer.update(trainer_of(source, entry))
+                    checkpoint.random[0] = checkpoint.trainer["random"]
+                elif kind == "random":
+                    if next(mine) or number == ranks.rank:
+                        checkpoint.random[number] = _json_of(source, entry)
                 else:
-                    _add(checkpoint, kind, *_tensors(source, entry))
+                    _add(checkpoint, kind, file, source, entry, mine)
+    for kind, tensors in checkpoint.tensors.items():
+        try:
+            join(tensors)
+        except ValueError as error:
+            raise damaged(folder / MANIFEST, f"of the {kind} files that it names, {error}") from error
     for kind in ("model", "optimizer"):
         if checkpoint.trainer[kind] is not None and kind not in manifest:
             raise damaged(folder / MANIFEST, f"names no {kind} file, which its trainer file says there is")
     return checkpoint
 
 
-def _add(checkpoint: Checkpoint, kind: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    if twice := checkpoint.tensors[kind].keys() & tensors.keys():
-        raise ValueError(f"tensor {min(twice)!r} is in another file, too")
-    checkpoint.tensors[kind].update(tensors)
+def _add(checkpoint: Checkpoint, kind: str, file: Path, source: BinaryIO, entry: Entry, mine: Iterator[bool]) -> None:
+    """Map the tensors of a safetensors file; verify those that are ``mine`` to verify, and the others when needed."""
+    places, metadata = header_of(source, entry)
     checkpoint.codecs.update(codecs_in(metadata))
+    pieces = pieces_in(metadata, places)
+    mapped = torch.from_numpy(np.memmap(source, np.uint8, "c"))
+    for name, place in places.items():
+        if next(mine):
+            _verify(source, entry, name, place)
+            verify = _is_verified
+        else:
+            verify = cache(partial(_verify_alone, file, entry, name, place))
+        piece = pieces.get(name, Piece(name, place.shape, 0))
+        tensor = checkpoint.tensors[kind].setdefault(piece.tensor, Mapped(place.dtype, piece.shape, []))
+        if tensor.chunks and name not in pieces:
+            raise ValueError(f"tensor {name!r} is in another file, too")
+        if (tensor.dtype, tensor.shape) != (place.dtype, piece.shape):
+            raise ValueError(
+                f"rows of tensor {piece.tensor!r} are of {place.dtype} {piece.shape}, and others of {tensor.dtype} "
+                f"{tensor.shape}"
+            )
+        tensor.chunks.append(Chunk(piece.first, _view(mapped, place), verify))
+
+
+def _verify(source: BinaryIO, entry: Entry, name: str, place: Place) -> None:
+    source.seek(place.start)
+    _check(f"tensor {name!r}", _sha256(source, place.size), entry.tensors[name])
+
+
+def _verify_alone(file: Path, entry: Entry, name: str, place: Place) -> None:
+    with opened(file, entry) as source:
+        _verify(source, entry, name, place)
+
+
+def _is_verified() -> None:
+    pass
 
 
 def _check_size(file: Path, entry: Entry) -> None:
@@ -117,15 +168,31 @@ def codecs_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     return codecs
 
 
-def trainer_of(source: BinaryIO, entry: Entry) -> dict[str, Any]:
-    """The content of trainer.json, verified."""
+def pieces_in(metadata: Mapping[str, str], places: Mapping[str, Place]) -> dict[str, Piece]:
+    """The tensors of a file, at their places, that are rows of others."""
+    pieces = {name: Piece(**said) for name, said in parse_json(metadata.get("pieces", "{}").encode()).items()}
+    for name, (tensor, shape, first) in pieces.items():
+        rows, *row = places[name].shape
+        whole = type(tensor) is str and all(type(n) is int and n >= 0 for n in (*shape, first))
+        if not (whole and rows and row == shape[1:] and first + rows <= shape[0]):
+            raise ValueError(f"{name!r}, {places[name].shape}, is said to be rows from {first} of {tensor!r}, {shape}")
+    return pieces
+
+
+def _json_of(source: BinaryIO, entry: Entry) -> Any:
+    """The content of a JSON file, verified and decoded."""
     if entry.tensors:
         raise ValueError(f"{MANIFEST} names tensors in it")
     if entry.size > LARGEST_JSON:
         raise ValueError(f"it has {entry.size} bytes, more than {LARGEST_JSON}")
     text = source.read()
     _check("the content", hashlib.sha256(text).hexdigest(), entry.sha256)
-    trainer = decode(parse_json(text))
+    return decode(parse_json(text))
+
+
+def trainer_of(source: BinaryIO, entry: Entry) -> dict[str, Any]:
+    """The content of trainer.json, verified."""
+    trainer: dict[str, Any] = _json_of(source, entry)
     if missing := TRAINER_KEYS - trainer.keys():
         raise ValueError(f"it has no {sorted(missing)}")
     _check_sections(trainer)
@@ -153,15 +220,6 @@ def _check_sections(trainer: dict[str, Any]) -> None:
             raise ValueError("the state is not of the parameters in the groups, each of them once")
     if wrong := [value for value in dicts if not isinstance(value, dict)]:
         raise ValueError(f"{str(wrong[0])[:50]!r} is no object")
-
-
-def _tensors(source: BinaryIO, entry: Entry) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Of a safetensors file the tensors, verified and mapped, and the header's own metadata."""
-    places, metadata = header_of(source, entry)
-    for name, place in places.items():
-        _check(f"tensor {name!r}", _sha256(source, place.size), entry.tensors[name])
-    mapped = torch.from_numpy(np.memmap(source, np.uint8, "c"))
-    return {name: _view(mapped, place) for name, place in places.items()}, metadata
 
 
 def header_of(source: BinaryIO, entry: Entry) -> tuple[dict[str, Place], dict[str, str]]:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 from lowbit_optim.checkpoint.manifest import MANIFEST, CheckpointError, damaged, has_manifest, regular_size
+from lowbit_optim.checkpoint.ranks import ALONE, Ranks
 from lowbit_optim.checkpoint.reading import Checkpoint, read
 from lowbit_optim.checkpoint.tensors import Part
-from lowbit_optim.checkpoint.writing import LATEST, commit, locked, make_folder, sweep, sync_folder, write_line
+from lowbit_optim.checkpoint.writing import LATEST, commit, locked, sweep, sync_folder, write_line, writing
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
 
@@ -17,16 +18,17 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step}"
 
 
-def rotate(folder: Path, step: int, keep: int, contents: dict[str, list[Part]]) -> None:
+def rotate(folder: Path, step: int, keep: int, contents: dict[str, list[Part]], ranks: Ranks = ALONE) -> None:
     """Commit a checkpoint of this step, point to it, and only then remove those beyond ``keep``."""
-    make_folder(folder)
-    with locked(folder):
+    with writing(folder, ranks):
         new = step_folder(folder, step)
-        commit(new, contents)
-        write_line(folder / LATEST, new.name)
-        sweep(folder)
-        with contextlib.suppress(OSError):
-            _remove_old(folder, step, keep)
+        commit(new, contents, ranks)
+        with ranks.agreed():
+            if ranks.first:
+                write_line(folder / LATEST, new.name)
+                sweep(folder)
+                with contextlib.suppress(OSError):
+                    _remove_old(folder, step, keep)
 
 
 def _remove_old(folder: Path, step: int, keep: int) -> None:
@@ -61,14 +63,14 @@ def newest_in(folder: Path) -> Path:
     return folder / _latest(folder / LATEST)
 
 
-def read_newest(folder: Path) -> Checkpoint:
+def read_newest(folder: Path, ranks: Ranks = ALONE) -> Checkpoint:
     """The checkpoint in a folder or, if there is none, the one that its `latest` names."""
     newest = None
     try:
         newest = newest_in(folder)
         while True:
             try:
-                return read(newest)
+                return read(newest, ranks)
             except CheckpointError:  # a save beside this may have removed it, and made another the newest
                 if (now := newest_in(folder)) == newest:
                     raise

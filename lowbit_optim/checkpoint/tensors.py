@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's safetensors files: tied ones once, in files of at most some size."""
+"""The tensors of a checkpoint's safetensors files: tied ones once, of DTensors the rows, in files of some size."""
 
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lowbit_optim.checkpoint.pieces import Piece, checked_layout
+from lowbit_optim.checkpoint.ranks import ALONE, Ranks
+from lowbit_optim.distributed import is_dtensor, local
 from lowbit_optim.storage.codebooks import codebook
 from lowbit_optim.storage.small_floats import code_table
 
@@ -22,7 +25,7 @@ METADATA = "__metadata__"  # in a safetensors header, beside the tensors
 
 
 def storable(tensor: torch.Tensor) -> bool:
-    # The bytes of a subclass (DTensor, a quantized wrapper) are not its value.
+    # The bytes of a subclass (a quantized wrapper, say) are not its value.
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     return plain and not tensor.is_meta and tensor.dtype in DTYPE_NAMES
 
@@ -46,6 +49,7 @@ def raw_view(tensor: torch.Tensor) -> memoryview:
 
 def memory_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Equal for tied tensors: the same elements of the same memory. None for an empty tensor, which has no memory."""
+    tensor = local(tensor)
     if tensor.numel() == 0:
         return None
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -65,35 +69,61 @@ class Part(NamedTuple):
 
 
 class Pool:
-    """The tensors of one kind of file: tied ones once, under the name that came first."""
+    """The tensors of one kind of file: tied ones once, under the name that came first.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        ranks: that save together. Each has what it is to write: the first what is no DTensor, and all of a DTensor the
+            rows that they have.
+    """
+
+    def __init__(self, kind: str, ranks: Ranks = ALONE) -> None:
         self.kind = kind
+        self.ranks = ranks
         self.tensors: dict[str, torch.Tensor] = {}
+        self.pieces: dict[str, Piece] = {}  # of the names in `tensors` those of rows
         self.names: dict[Any, str] = {}
+        self.outline: dict[str, str] = {}  # of all names dtype, shape and placements, which all ranks must have
+        self.tied: dict[str, str] = {}  # as this rank sees it: one without rows sees nothing
 
     def put(self, name: str, value: Any) -> Any:
         """Keep a tensor and return what stands for it in trainer.json; anything else is returned as it is."""
         if not isinstance(value, torch.Tensor):
             return value
-        if not storable(value):
+        own = local(value)
+        if not storable(own):
             raise TypeError(
-                f"{self.kind} tensor {name!r} is a {type(value).__qualname__} ({value.dtype}, {value.layout}, "
-                f"{value.device}); a checkpoint holds dense tensors of {', '.join(map(str, DTYPE_NAMES))}"
+                f"{self.kind} tensor {name!r} is a {type(own).__qualname__} ({own.dtype}, {own.layout}, "
+                f"{own.device}); a checkpoint holds dense tensors of {', '.join(map(str, DTYPE_NAMES))}"
             )
-        key = memory_key(value)
+        layout = checked_layout(f"{self.kind} tensor {name!r}", value, self.ranks) if is_dtensor(value) else None
+        self.outline[name] = f"{value.dtype} {list(value.shape)}" + (f" {layout.placements}" if layout else "")
+        key = memory_key(own)
         first = name if key is None else self.names.setdefault(key, name)
-        if first == name:
-            if name in self.tensors or name == METADATA:
-                raise ValueError(f"the name {name!r} of a {self.kind} tensor is taken; rename the parameter")
-            self.tensors[name] = value
+        if first != name:
+            self.tied[name] = first
+            return Stored(first)
+        count = len(value) if value.ndim else 1
+        if not (layout.writes(count) if layout else self.ranks.first):
+            return Stored(first)
+        if layout is None or own.shape == value.shape:
+            self._keep(name, own)
+        else:
+            row, _ = layout.rows(count)
+            self._keep(f"{name}@{row}", own)
+            self.pieces[f"{name}@{row}"] = Piece(name, list(value.shape), row)
         return Stored(first)
 
+    def _keep(self, name: str, own: torch.Tensor) -> None:
+        if name in self.tensors or name == METADATA:
+            raise ValueError(f"the name {name!r} of a {self.kind} tensor is taken; rename the parameter")
+        self.tensors[name] = own
+
     def parts(self, largest: int, metadata: Callable[[Collection[str]], dict[str, str]]) -> list[Part]:
-        """The safetensors files, at least one, in order; a new one begins where tensors outgrow ``largest`` bytes.
+        """The safetensors files in order, one at least but on other ranks than the first.
 
         Args:
-            metadata: for the header of a file with tensors of these names.
+            largest: a new file begins where tensors outgrow so many bytes.
+            metadata: for the header of a file with tensors, or rows of tensors, of these names.
         """
         files: list[dict[str, torch.Tensor]] = [{}]
         size = 0
@@ -103,7 +133,13 @@ class Pool:
                 files.append({})
                 size = tensor.nbytes
             files[-1][name] = tensor
-        return [_part(tensors, metadata(tensors)) for tensors in files]
+        return [_part(own, self._metadata(own, metadata)) for own in files if own or self.ranks.first]
+
+    def _metadata(self, own: Collection[str], metadata: Callable[[Collection[str]], dict[str, str]]) -> dict[str, str]:
+        pieces = {name: self.pieces[name] for name in own if name in self.pieces}
+        found = metadata([pieces[name].tensor if name in pieces else name for name in own])
+        told = {"pieces": json.dumps({name: piece._asdict() for name, piece in pieces.items()})} if pieces else {}
+        return found | told
 
 
 def _part(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Part:

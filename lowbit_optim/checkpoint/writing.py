@@ -18,6 +18,7 @@ from lowbit_optim.checkpoint.manifest import (
     manifest_bytes,
     read_manifest,
 )
+from lowbit_optim.checkpoint.ranks import ALONE, Ranks
 from lowbit_optim.checkpoint.tensors import Part, raw_view
 
 try:
@@ -61,7 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise BlockingIOError(
             error.errno,
             f"{folder}: another process or thread is saving into this folder, and nothing was written; give each "
-            "writer a folder of its own, and of processes that train together let one save",
+            "writer a folder of its own; processes that train together save together, with process_group=, or let one",
         ) from error
     except OSError:  # a file system without locks
         pass
@@ -74,32 +75,58 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def commit(folder: Path, contents: dict[str, list[Part]]) -> None:
+@contextlib.contextmanager
+def writing(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the folder, and be its only writers; no other rank than the first needs the lock for that."""
+    with contextlib.ExitStack() as held:
+        with ranks.agreed():
+            if ranks.first:
+                make_folder(folder)
+                held.enter_context(locked(folder))
+        yield
+
+
+def commit(folder: Path, contents: dict[str, list[Part]], ranks: Ranks = ALONE) -> None:
     """Write the files of each kind, then make them the checkpoint by replacing checkpoint.json.
+
+    Args:
+        contents: what this rank writes.
+        ranks: that write it together. The first makes it the checkpoint, when the files of all are on disk.
 
     Raises:
         BlockingIOError: somebody else is writing into the folder.
         OSError: writing failed; the checkpoint that was there is there. If only the last sync of the folder failed, it
             is the new one already, which a power cut may still undo.
     """
-    make_folder(folder)
-    with locked(folder):
-        token = secrets.token_hex(8)  # from the system: the generators of the training are left alone
+    with writing(folder, ranks):
+        # From the system: the generators of the training are left alone.
+        token = ranks.from_first(secrets.token_hex(8))
         try:
-            files = {}
-            for kind, parts in contents.items():
-                suffix = "json" if kind == "trainer" else "safetensors"
-                numbers = [f"-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "" for i in range(1, len(parts) + 1)]
-                files[kind] = [
-                    _write(folder / f"{kind}{number}-{token}.{suffix}", part)
-                    for number, part in zip(numbers, parts, strict=True)
-                ]
-            own = [folder / entry.name for entries in files.values() for entry in entries]
-            _replace(folder / MANIFEST, manifest_bytes(files), token, own)
+            with ranks.agreed():
+                own = {kind: _write_parts(folder, kind, parts, token, ranks) for kind, parts in contents.items()}
+            everyones = ranks.to_first(own)
+            with ranks.agreed():
+                if ranks.first:
+                    kinds = dict.fromkeys(kind for own in everyones for kind in own)
+                    files = {kind: [entry for own in everyones for entry in own.get(kind, ())] for kind in kinds}
+                    needed = [folder / entry.name for entries in files.values() for entry in entries]
+                    _replace(folder / MANIFEST, manifest_bytes(files), token, needed)
+                    sweep(folder)
         except BaseException:
-            sweep(folder, token)
+            # No other rank sweeps: what it wrote before it failed the first may be about to commit.
+            if ranks.first:
+                sweep(folder, token)
             raise
-        sweep(folder)
+
+
+def _write_parts(folder: Path, kind: str, parts: list[Part], token: str, ranks: Ranks) -> list[Entry]:
+    of_rank = "" if ranks.first else f"-rank{ranks.rank:05}"
+    suffix = "json" if kind in ("trainer", "random") else "safetensors"
+    numbers = [f"-{i:05}-of-{len(parts):05}" if len(parts) > 1 else "" for i in range(1, len(parts) + 1)]
+    return [
+        _write(folder / f"{kind}{of_rank}{number}-{token}.{suffix}", part)
+        for number, part in zip(numbers, parts, strict=True)
+    ]
 
 
 def write_line(file: Path, line: str) -> None:
@@ -121,8 +148,8 @@ def _replace(file: Path, content: bytes, token: str, needed: Iterable[Path] = ()
         if not os.path.lexists(other):
             raise FileNotFoundError(
                 errno.ENOENT,
-                "was removed before the checkpoint was complete, as by another writer on a file system without locks; "
-                "give each writer a folder of its own",
+                "was removed before the checkpoint was complete, as by another writer on a file system without locks, "
+                "or is in a folder of another rank's own; give each writer a folder, and all ranks of one the same",
                 str(other),
             )
     os.replace(new, file)

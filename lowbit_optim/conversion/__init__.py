@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import UninitializedParameter
 
-from lowbit_optim.checkpoint import contents_of
+from lowbit_optim.checkpoint.contents import contents_of
 from lowbit_optim.checkpoint.live import random_state, resolve
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest
@@ -222,7 +222,7 @@ def _write(target: Path, checkpoint: Checkpoint | None, made: Saved, codecs: Cod
         scheduler = _stand_in(trainer["scheduler"]["class"], state_dict=lambda: trainer["scheduler"]["state_dict"])
     kept = {key: trainer[key] for key in ("step", "extras", "random")} if trainer else _of_now()
     try:
-        contents = contents_of(model, optimizer, scheduler, kept)
+        contents, _ = contents_of(model, optimizer, scheduler, kept)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConversionError(f"the state or the groups hold what a checkpoint cannot: {error}") from error
     commit(target, contents)

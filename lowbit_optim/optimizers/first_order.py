@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lowbit_optim import kernels, shards
@@ -211,7 +210,7 @@ class FirstOrder(Optimizer):
             here = shards.local(parameter)
             if not here.is_contiguous():
                 here.copy_(step.parameter.view_as(here))
-        increment_version([p for p in parameters if isinstance(p, DTensor)])  # torch has seen their rows change only
+        increment_version([p for p in parameters if shards.is_dtensor(p)])  # torch has seen their rows change only
         total = torch.stack([count.to(bad[0].device) for count in bad]).sum()
         self._watch(total.unsqueeze(0))
 
@@ -242,7 +241,7 @@ class FirstOrder(Optimizer):
     def _keys_here(self, index: int, parameter: Tensor, group: Mapping[str, Any], count: int) -> Keys:
         """Those for the numbers that this process has of the parameter."""
         whole = self.keys(index, group, count)
-        if not isinstance(parameter, DTensor) or not parameter.dim():
+        if not shards.is_dtensor(parameter) or not parameter.dim():
             return whole
         return shifted(whole, shards.first_row(parameter) * parameter.shape[1:].numel())
 

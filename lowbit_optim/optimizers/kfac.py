@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowbit_optim.blocking import Blocking, Stack
-from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.stats import LEFT_TO_BASE
 from lowbit_optim.preconditioners.buckets import SIDES, Bucket
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner, Statistics
 from lowbit_optim.preconditioners.layers import Hook, Layer, add_batches, layers_of
 from lowbit_optim.presets import DEFAULT_BITS
+from lowbit_optim.shards import is_dtensor
 from lowbit_optim.storage import Quantization
 from lowbit_optim.storage.factors import State
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowbit_optim import shards
@@ -47,8 +46,8 @@ def placed_gradient(parameter: Tensor) -> Tensor:
     """The gradient, with its rows where the parameter's are."""
     gradient = parameter.grad
     assert gradient is not None
-    if isinstance(parameter, DTensor) and not shards.alike(gradient, parameter):
-        assert isinstance(gradient, DTensor)
+    if shards.is_dtensor(parameter) and not shards.alike(gradient, parameter):
+        assert shards.is_dtensor(gradient)
         return gradient.redistribute(parameter.device_mesh, parameter.placements)
     return gradient
 
@@ -56,7 +55,7 @@ def placed_gradient(parameter: Tensor) -> Tensor:
 def check_placed(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None:
     """Raise ValueError if a DTensor of a parameter's state is not placed as the parameter is."""
     for key, value in own.items():
-        if isinstance(value, DTensor) and not shards.alike(value, parameter):
+        if shards.is_dtensor(value) and not shards.alike(value, parameter):
             raise ValueError(
                 f"{where(index, parameter)}: {key} is a DTensor that is not placed as the parameter is; load whole "
                 "tensors (full_tensor(), full_state_dict=True), or with torch.distributed.checkpoint"
@@ -65,7 +64,7 @@ def check_placed(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None:
 
 def check_rows(index: int, parameter: Tensor) -> None:
     """Raise ValueError if a parameter is a DTensor of which no process has whole rows."""
-    if isinstance(parameter, DTensor) and not shards.in_rows(parameter):
+    if shards.is_dtensor(parameter) and not shards.in_rows(parameter):
         raise ValueError(
             f"{where(index, parameter)} is a DTensor placed as {parameter.placements}; moments of few bits, and those "
             "of bfloat16 and float16 parameters, are kept in whole rows: on every dim of the mesh Shard(0) or "

@@ -24,6 +24,7 @@ from lowbit_optim.optimizers.settings import (
     plain,
 )
 from lowbit_optim.optimizers.state import (
+    BASE,
     LISTED_TWICE,
     base_part,
     check_base_part,
@@ -44,6 +45,7 @@ from lowbit_optim.optimizers.state import (
 from lowbit_optim.optimizers.stats import parameter_stats, to_host, treatment
 from lowbit_optim.optimizers.watch import Watch
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
+from lowbit_optim.shards import placed
 
 
 class SecondOrder(Optimizer):
@@ -156,13 +158,7 @@ class SecondOrder(Optimizer):
             "which of the parameters have a gradient": [int(p.grad is not None) for p, _ in self._parameters()],
             "steps": [int(self.state[p].get("step", 0)) if p in self.state else 0 for p, _ in self._parameters()],
         }
-        try:
-            team.agree(described, self._parameters()[0][0].device)
-        except RuntimeError:
-            if problem is None:
-                raise
-        if problem is not None:
-            raise problem
+        team.agree(described, self._parameters()[0][0].device, problem)
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; in a process group every rank must call it, and factors are DTensors.
@@ -372,27 +368,21 @@ class SecondOrder(Optimizer):
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
         self._prepare()
         team = self.preconditioner.team
-        if team is None:
-            self.check_state_dict(state_dict)
-            return sealed(state_dict)
         problem: Exception | None = None
         try:
             self.check_state_dict(state_dict)
         except ValueError as error:
             problem = error
-        try:
-            team.agree({"whether the state dict fits": str(problem or "yes")}, self._parameters()[0][0].device)
-        except RuntimeError:
-            if problem is None:
-                raise
-        if problem is not None:
+        if team is not None:
+            team.agree({"whether the state dict fits": str(problem or "yes")}, self._parameters()[0][0].device, problem)
+        elif problem is not None:
             raise problem
-        taken = {
-            index: self.preconditioner.taken(parameter, group, state_dict["state"][index])
-            for index, (parameter, group) in self._by_index(state_dict)
-            if index in state_dict["state"]
-        }
-        return sealed({**state_dict, "state": taken})
+        state = dict(state_dict["state"])
+        for index, (parameter, group) in self._by_index(state_dict):
+            if index in state:
+                own = {k: placed(v, parameter) if _is_moment(k, v) else v for k, v in state[index].items()}
+                state[index] = self.preconditioner.taken(parameter, group, own)
+        return sealed({**state_dict, "state": state})
 
     def _by_index(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Any, tuple[Tensor, Group]]]:
         """The parameters and groups by their indices in a state dict."""
@@ -545,3 +535,8 @@ def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:
     """The settings of param groups among the locals of a constructor, without those that it names."""
     others = ("self", "params", "base", "base_kwargs", "__class__", *others)
     return {key: value for key, value in given.items() if key not in others}
+
+
+def _is_moment(key: str, value: Any) -> bool:
+    """Whether a tensor in a parameter's state has its rows."""
+    return key.startswith(BASE) and isinstance(value, Tensor) and value.dim() > 0

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack
-from lowbit_optim.distributed import Runs, Team, Unit, local, runs_of
+from lowbit_optim.distributed import Runs, Team, Unit, runs_of
 from lowbit_optim.kernels.first_order import keys
 from lowbit_optim.linalg import full_precision
-from lowbit_optim.optimizers.first_order import FirstOrder, moment_form
+from lowbit_optim.optimizers.first_order import FirstOrder
+from lowbit_optim.optimizers.moments import moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
 from lowbit_optim.preconditioners.buckets import Due, Forms
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
 from lowbit_optim.preconditioners.kronecker import Group, Root, working_dtype
+from lowbit_optim.shards import local
 from lowbit_optim.storage import Quantization
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack, blocking
-from lowbit_optim.distributed import Runs, Team, Unit, local
+from lowbit_optim.distributed import Runs, Team, Unit
 from lowbit_optim.linalg import full_precision, powers
 from lowbit_optim.preconditioners.buckets import (
     SIDES,
@@ -46,6 +46,7 @@ from lowbit_optim.preconditioners.measures import (
 )
 from lowbit_optim.preconditioners.shared import shared_step
 from lowbit_optim.preconditioners.workspace import Workspace
+from lowbit_optim.shards import local, placed
 from lowbit_optim.storage.blockwise import Quantization
 from lowbit_optim.storage.budget import ONE_PERIOD, form
 from lowbit_optim.storage.factors import Factor, State, put
@@ -245,7 +246,9 @@ class KroneckerPreconditioner(ABC):
     def taken(self, parameter: Tensor, group: Group, given: dict[str, Any]) -> dict[str, Any]:
         """The inverse of ``shown``; whole tensors are taken, too."""
         factors = self._factors_in(given)
-        if self.team is None or not factors:
+        if self.team is None:
+            return given | {name: placed(x, parameter) for name, x in factors.items()}
+        if not factors:
             return given
         own = self._own_factors(parameter, {**group, "precondition": True}, "meta")
         layout = {name: (part.shape, part.dtype) for name, part in own.items()}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
 from lowbit_optim.blocking import Blocking
-from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.linalg import full_precision
+from lowbit_optim.shards import is_dtensor
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Supported: TypeAlias = nn.Linear | nn.Embedding | Convolution

@@ -172,14 +172,15 @@ def rewrite(folder, change):
     (folder / "checkpoint.json").write_bytes(sealed(manifest))
 
 
-def craft(folder, kind, change, *, tensors=True):
+def craft(folder, kind, change, *, tensors=True, rank=0):
     """Change a safetensors file with correct sizes and checksums.
 
     Args:
+        rank: whose file of the kind, of which it has one.
         change: given the header and the data, it changes them in place; it may return the header's bytes instead.
         tensors: False leaves checkpoint.json with the tensors, and their checksums, that it has.
     """
-    file = kinds(folder)[kind]
+    (file,) = folder.glob(f"{kind}-rank{rank:05}-*" if rank else f"{kind}-????????????????.*")
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8:start]), bytearray(content[start:])
@@ -191,7 +192,7 @@ def craft(folder, kind, change, *, tensors=True):
     file.write_bytes(head + data)
 
     def index(manifest):
-        (entry,) = manifest["files"][kind]
+        (entry,) = [entry for entry in manifest["files"][kind] if entry["name"] == file.name]
         entry["size"] = len(head) + len(data)
         entry["sha256"] = hashlib.sha256(head).hexdigest()
         if tensors:

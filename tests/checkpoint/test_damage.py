@@ -66,8 +66,8 @@ def test_checkpoint_json_of_another_shape(good, live, text):
 
 
 def test_newer_version(good, live):
-    rewrite(good, lambda manifest: manifest.update(format_version=2, library_version="9.9"))
-    refused(good, live, r"checkpoint\.json: format version 2 is newer than 1.*written by 9\.9: install that")
+    rewrite(good, lambda manifest: manifest.update(format_version=3, library_version="9.9"))
+    refused(good, live, r"checkpoint\.json: format version 3 is newer than 2.*written by 9\.9: install that")
 
 
 @pytest.mark.parametrize("name", ["../{}", "{}/../{}", "./{}", "/{}", "..", "", "C:{}", "..\\{}", 3])

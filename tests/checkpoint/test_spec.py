@@ -10,7 +10,7 @@ import torch
 from lowbit_optim.checkpoint import load_checkpoint
 from lowbit_optim.optimizers.moments import moment_form
 from lowbit_optim.storage.factors import take
-from tests.checkpoint.golden.make import FOLDER, build
+from tests.checkpoint.golden.make import FOLDERS, GOLDEN, SPREAD, build
 
 DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F32": "<f4", "BF16": "<u2"}
 
@@ -26,14 +26,14 @@ def read(folder):
     text = (folder / "checkpoint.json").read_bytes()
     body, _, end = text.rpartition(b',\n "sha256": "')
     assert end == sha256(body).encode() + b'"\n}\n'
-    tensors, codecs, codebooks, trainer = {}, {}, {}, None
+    tensors, codecs, codebooks, trainer, pieces = {}, {}, {}, None, {}
     for kind, entries in json.loads(text)["files"].items():
         for entry in entries:
             content = (folder / entry["name"]).read_bytes()
             assert len(content) == entry["size"]
-            if kind == "trainer":
+            if kind in ("trainer", "random"):
                 assert sha256(content) == entry["sha256"]
-                trainer = json.loads(content)
+                trainer = json.loads(content) if kind == "trainer" else trainer
                 continue
             start = 8 + int.from_bytes(content[:8], "little")
             assert start % 8 == 0
@@ -44,12 +44,19 @@ def read(folder):
             for name, tables in json.loads(metadata.get("codebooks", "{}")).items():
                 codebooks.setdefault(name, {}).update(tables)
             assert header.keys() == entry["tensors"].keys()
+            places = json.loads(metadata.get("pieces", "{}"))
             for name, said in header.items():
                 first, last = said["data_offsets"]
                 part = content[start + first : start + last]
                 assert sha256(part) == entry["tensors"][name]
                 array = np.frombuffer(part, DTYPES[said["dtype"]]).reshape(said["shape"])
-                tensors.setdefault(kind, {})[name] = array
+                if name in places:
+                    pieces.setdefault((kind, places[name]["tensor"]), {})[places[name]["first"]] = array
+                    assert list(array.shape[1:]) == places[name]["shape"][1:]
+                else:
+                    tensors.setdefault(kind, {})[name] = array
+    for (kind, name), rows in pieces.items():
+        tensors[kind][name] = np.concatenate([rows[first] for first in sorted(rows)])
     return tensors, codecs, codebooks, trainer
 
 
@@ -78,11 +85,14 @@ def matrices(tensors, prefix, codec, codebooks):
     return whole
 
 
-@pytest.mark.parametrize("name", ["shampoo-4", "shampoo-2", "shampoo-sharded", "shampoo-bfloat16", "soap", "kfac"])
-def test_factors(name):
-    tensors, codecs, codebooks, _ = read(FOLDER / name)
+OF_ONE = ["shampoo-4", "shampoo-2", "shampoo-sharded", "shampoo-bfloat16", "soap", "kfac"]
+
+
+@pytest.mark.parametrize(("version", "name"), [*((1, name) for name in OF_ONE), (2, "shampoo-blocks")])
+def test_factors(version, name):
+    tensors, codecs, codebooks, _ = read(FOLDERS[version] / name)
     objects = build(name, 5)
-    load_checkpoint(FOLDER / name, **objects)
+    load_checkpoint(FOLDERS[version] / name, **objects)
     optimizer, found = objects["optimizer"], 0
     for parameter_name, parameter in objects["model"].named_parameters():
         group = optimizer.param_groups[0]
@@ -100,10 +110,11 @@ def test_factors(name):
     assert found == (2 if name == "kfac" else 4)  # which leaves a layer with a tied weight to the base
 
 
-def test_moments():
-    tensors, codecs, codebooks, _ = read(FOLDER / "adamw-4")
+@pytest.mark.parametrize("version", [1, 2])
+def test_moments(version):
+    tensors, codecs, codebooks, _ = read(FOLDERS[version] / "adamw-4")
     objects = build("adamw-4", 5)
-    load_checkpoint(FOLDER / "adamw-4", **objects)
+    load_checkpoint(FOLDERS[version] / "adamw-4", **objects)
     optimizer, parameter = objects["optimizer"], objects["model"].first.weight
     for moment, kind in optimizer.moments.items():
         prefix = f"first.weight/{moment}"
@@ -113,11 +124,11 @@ def test_moments():
         np.testing.assert_array_equal(read_back, expected.numpy())
 
 
-@pytest.mark.parametrize("name", sorted(folder.stem for folder in FOLDER.glob("*.json")))
-def test_parameters_and_their_names(name):
-    tensors, _, _, trainer = read(FOLDER / name)
+@pytest.mark.parametrize(("version", "name"), [*((1, name) for name in GOLDEN), *((2, name) for name in SPREAD)])
+def test_parameters_and_their_names(version, name):
+    tensors, _, _, trainer = read(FOLDERS[version] / name)
     objects = build(name, 5)
-    load_checkpoint(FOLDER / name, **objects)
+    load_checkpoint(FOLDERS[version] / name, **objects)
     for key, value in trainer["model"]["state_dict"].items():
         stored = torch.from_numpy(tensors["model"][value["$stored"]].copy())
         live = objects["model"].state_dict()[key]

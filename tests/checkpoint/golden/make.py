@@ -2,17 +2,20 @@
 
 v1/<name>/ is what save_checkpoint wrote, v1/<name>.json what was in it: the sha256 of every tensor's bytes, settings,
 and what one more step changes, which shows that the codes still mean what they meant. Neither is ever written
-again; a new version of the format gets a folder of its own, and these stay.
+again; a new version of the format gets a folder of its own, and these stay. v2/ is from a group of three ranks.
 """
 
+import copy
 import hashlib
 import json
 import random
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -20,8 +23,8 @@ from lowbit_optim import KFAC, SOAP, AdamW, Shampoo
 from lowbit_optim.checkpoint import save_checkpoint
 from lowbit_optim.storage import Quantization
 
-FOLDER = Path(__file__).parent / "v1"
-STEPS = 3
+FOLDERS = {version: Path(__file__).parent / f"v{version}" for version in (1, 2)}
+STEPS, RANKS = 3, 3
 
 # Defaults may change, and the last step that is saved is one of an update, so that the one after it is none.
 CODES = Quantization(bits=4, codebook="nf", block_size=64, double=False, scale="absmax")
@@ -69,6 +72,16 @@ GOLDEN = {
     "adamw-4": (lambda model: AdamW(model.parameters(), lr=0.01, bits=4, min_quant_size=1, seed=7), torch.float32, {}),
     "torch-adamw": (lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False), torch.float32, {}),
 }
+SPREAD = {  # of version 2
+    "shampoo-blocks": (
+        lambda model: Shampoo(
+            model.parameters(), lr=0.01, bits=2, storage="root", max_preconditioner_dim=4, stagger=False, **COMMON
+        ),
+        torch.float32,
+        {"max_file_size": 700},
+    ),
+    "adamw-4": GOLDEN["adamw-4"],
+}
 EXTRAS = {
     "epoch": 2,
     "tagged": [(1, (2.5, "three")), {4: None, (5, 6): b"\x00\xff"}, OrderedDict(b=1, a=2), float("-inf"), True],
@@ -94,7 +107,7 @@ class Net(nn.Module):
 
 
 def build(name, seed):
-    optimizer, dtype, _ = GOLDEN[name]
+    optimizer, dtype, _ = (GOLDEN | SPREAD)[name]
     torch.manual_seed(seed)
     model = Net(dtype)
     optimizer = optimizer(model)
@@ -142,21 +155,77 @@ def next_change(objects):
     return {name: change.flatten().tolist()[:32] for name, change in changes.items()}
 
 
-def make(name):
+def trained(name):
     objects = build(name, 1)
     for count in range(STEPS):
         step(objects, count)
-    random.seed(3)
-    np.random.seed(4)  # noqa: NPY002
-    torch.manual_seed(5)
-    save_checkpoint(FOLDER / name, **objects, **GOLDEN[name][2], step=STEPS, **EXTRAS)
+    return objects
+
+
+def seed(rank):
+    for number, function in enumerate((random.seed, np.random.seed, torch.manual_seed), 3):
+        function(number + 10 * rank)
+
+
+def save(name, version, objects, **keywords):
+    folder = FOLDERS[version] / name
+    return save_checkpoint(folder, **objects, **(GOLDEN | SPREAD)[name][2], **keywords, step=STEPS, **EXTRAS)
+
+
+def make(name):
+    objects = trained(name)
+    seed(0)
+    save(name, 1, objects)
+    write_down(name, 1, objects)
+
+
+def write_down(name, version, objects):
     expected = content(objects)
     expected["next change"] = next_change(objects)
-    (FOLDER / f"{name}.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (FOLDERS[version] / f"{name}.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def spread(value, mesh, known=None):
+    """Every tensor with rows as a DTensor of which each rank has some, all the way down; tied ones stay tied."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    known = {} if known is None else known
+    if isinstance(value, dict):
+        value = copy.copy(value)
+        for key, item in value.items():
+            value[key] = spread(item, mesh, known)
+    if isinstance(value, torch.Tensor) and value.ndim:
+        if value.data_ptr() not in known:
+            known[value.data_ptr()] = distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=None)
+        return known[value.data_ptr()]
+    return value
+
+
+def make_by_rank(rank, name, store):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    mesh = DeviceMesh("cpu", list(range(RANKS)))
+    objects = trained(name)
+    for kind in ("model", "optimizer"):
+        objects[kind].state_dict = lambda whole=objects[kind].state_dict: spread(whole(), mesh)
+    seed(rank)
+    save(name, 2, objects, process_group=dist.group.WORLD)
+    for kind in ("model", "optimizer"):
+        del objects[kind].state_dict
+    if rank == 0:
+        write_down(name, 2, objects)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in GOLDEN:
-        if not (FOLDER / f"{name}.json").exists():
+        if not (FOLDERS[1] / f"{name}.json").exists():
             make(name)
+    for name in SPREAD:
+        if not (FOLDERS[2] / f"{name}.json").exists():
+            with tempfile.TemporaryDirectory() as store:
+                torch.multiprocessing.spawn(make_by_rank, (name, f"{store}/store"), RANKS)
