@@ -10,10 +10,11 @@ import copy
 import dataclasses
 import heapq
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
 # Its older name, which torch 2.13 warns of, is that of torch 2.10.
 all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
+T = TypeVar("T")
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Run = tuple[int, int]  # the first, and the last + 1
 Runs = tuple[Run, ...]  # of each rank
+# Of a block: its index in a run, where a part of it is in the matrix, where that is in the block.
+Piece = tuple[int, Rectangle, Rectangle]
 
 
 class Unit(NamedTuple):
@@ -150,12 +154,8 @@ class _Rows:
 
 
 @lru_cache(maxsize=65536)
-def _pieces(cut: Blocking, run: Run, rows: Run) -> tuple[tuple[int, Rectangle, Rectangle], ...]:
-    """Where the blocks of a run meet some rows of the matrix.
-
-    Returns:
-        For each block that does: its index in the run, where it is in the matrix, where that is in the block.
-    """
+def _pieces(cut: Blocking, run: Run, rows: Run) -> tuple[Piece, ...]:
+    """Where the blocks of a run meet some rows of the matrix."""
     found = []
     for block in range(*run):
         whole = cut.place(block)
@@ -165,6 +165,14 @@ def _pieces(cut: Blocking, run: Run, rows: Run) -> tuple[tuple[int, Rectangle, R
             inside = Rectangle(top - whole.top, bottom - whole.top, 0, whole.columns)
             found.append((block - run[0], place, inside))
     return tuple(found)
+
+
+def _owned(unit: Unit, rows: Run) -> Iterator[tuple[int, Piece]]:
+    """Where the blocks of all ranks meet some rows of the matrix, and whose they are."""
+    starts = [first for first, _ in unit.runs]
+    for block, place, inside in _pieces(unit.cut, (0, unit.blocks), rows):
+        owner = bisect_right(starts, block) - 1  # the last of those that start there: the others have none
+        yield owner, (block - starts[owner], place, inside)
 
 
 # ---- teams -----------------------------------------------------------------------------------------------------------
@@ -259,9 +267,10 @@ class Team:
             for rank, numbers in enumerate(out.view(self.size, -1).unbind()):
                 for unit in units:
                     first, last = unit.runs[rank]
-                    size = (last - first) * unit.cut.rows * unit.cut.columns
-                    whole, numbers = numbers[:size], numbers[size:]
-                    self._write(unit, (first, last), whole.view(-1, unit.cut.rows, unit.cut.columns))
+                    if first < last:
+                        size = (last - first) * unit.cut.rows * unit.cut.columns
+                        whole, numbers = numbers[:size], numbers[size:]
+                        self._write(unit, (first, last), whole.view(-1, unit.cut.rows, unit.cut.columns))
 
         return finish
 
@@ -432,14 +441,12 @@ class ShardTeam(Team):
         if not is_dtensor(parameter):
             return None
         each = unit.cut.matrix[0] // parameter.shape[0] if parameter.shape[0] else 0
-        return tuple((first * each, last * each) for first, last in chunks(parameter.shape[0], self.size))
+        rows = chunks(parameter.shape[0], self.size)
+        return rows if each == 1 else tuple((first * each, last * each) for first, last in rows)
 
     def collect(self, units: Sequence[Unit]) -> Callable[[], list[Tensor]]:
-        send = [[(u, piece) for u in units for piece in self._from(u, self.rank, rank)] for rank in range(self.size)]
-        receive = [
-            [(i, piece) for i, u in enumerate(units) for piece in self._from(u, rank, self.rank)]
-            for rank in range(self.size)
-        ]
+        send = self._by_rank((rank, u, piece) for u in units for rank, piece in self._from_rows(u))
+        receive = self._by_rank((rank, i, piece) for i, u in enumerate(units) for rank, piece in self._to_blocks(u))
         dtype, device = self._sent_as(units), units[0].parameters[0].device
         sizes = [[sum(place.numbers for _, (_, place, _) in part) for part in parts] for parts in (receive, send)]
         buffer = torch.empty(sum(sizes[1]), dtype=dtype, device=device)
@@ -469,11 +476,8 @@ class ShardTeam(Team):
         return finish
 
     def deliver(self, units: Sequence[Unit], blocks: Sequence[Tensor]) -> Callable[[], None]:
-        send = [
-            [(i, piece) for i, u in enumerate(units) for piece in self._to(u, self.rank, rank)]
-            for rank in range(self.size)
-        ]
-        receive = [[(u, piece) for u in units for piece in self._to(u, rank, self.rank)] for rank in range(self.size)]
+        send = self._by_rank((rank, i, piece) for i, u in enumerate(units) for rank, piece in self._from_blocks(u))
+        receive = self._by_rank((rank, u, piece) for u in units for rank, piece in self._to_rows(u))
         dtype, device = self._sent_as(units), units[0].parameters[0].device
         sizes = [[sum(place.numbers for _, (_, place, _) in part) for part in parts] for parts in (receive, send)]
         buffer = torch.empty(sum(sizes[1]), dtype=dtype, device=device)
@@ -508,17 +512,42 @@ class ShardTeam(Team):
         rows = self.rows(unit)
         return 0 if rows is None else rows[self.rank][0]
 
-    def _from(self, unit: Unit, source: int, owner: int) -> tuple[tuple[int, Rectangle, Rectangle], ...]:
-        """What of an owner's blocks comes from the rows of another rank."""
-        rows = self.rows(unit)
-        if rows is None:  # everybody has all
-            return _pieces(unit.cut, unit.runs[owner], (0, unit.cut.matrix[0])) if source == owner else ()
-        return _pieces(unit.cut, unit.runs[owner], rows[source])
+    def _by_rank(self, pieces: Iterable[tuple[int, T, Piece]]) -> list[list[tuple[T, Piece]]]:
+        """Pieces of units, in their order, for each rank."""
+        parts: list[list[tuple[T, Piece]]] = [[] for _ in range(self.size)]
+        for rank, unit, piece in pieces:
+            parts[rank].append((unit, piece))
+        return parts
 
-    def _to(self, unit: Unit, owner: int, target: int) -> tuple[tuple[int, Rectangle, Rectangle], ...]:
-        """What of an owner's blocks goes to the rows of another rank."""
+    def _from_rows(self, unit: Unit) -> Iterator[tuple[int, Piece]]:
+        """What of the blocks lies in this rank's rows, and who owns them; of what everybody has, its own blocks."""
         rows = self.rows(unit)
-        return _pieces(unit.cut, unit.runs[owner], (0, unit.cut.matrix[0]) if rows is None else rows[target])
+        if rows is not None:
+            return _owned(unit, rows[self.rank])
+        return ((self.rank, piece) for piece in _pieces(unit.cut, self.own(unit), (0, unit.cut.matrix[0])))
+
+    def _to_blocks(self, unit: Unit) -> Iterator[tuple[int, Piece]]:
+        """What this rank's blocks are made of, and who has it."""
+        return self._from_rows(unit) if self.rows(unit) is None else self._from_blocks(unit)
+
+    def _from_blocks(self, unit: Unit) -> Iterator[tuple[int, Piece]]:
+        """What of this rank's blocks goes where, to their rows or to everybody."""
+        rows, (first, last) = self.rows(unit), self.own(unit)
+        if first == last:
+            return
+        meeting = range(self.size)
+        if rows is not None:  # all but the last have as many
+            each = rows[0][1]
+            top, bottom = unit.cut.place(first).top, unit.cut.place(last - 1).bottom
+            meeting = range(top // each, -(-bottom // each))
+        for rank in meeting:
+            for piece in _pieces(unit.cut, (first, last), (0, unit.cut.matrix[0]) if rows is None else rows[rank]):
+                yield rank, piece
+
+    def _to_rows(self, unit: Unit) -> Iterator[tuple[int, Piece]]:
+        """What this rank's rows get, and from whose blocks."""
+        rows = self.rows(unit)
+        return _owned(unit, (0, unit.cut.matrix[0]) if rows is None else rows[self.rank])
 
 
 class LocalTeam(Team):
@@ -528,13 +557,9 @@ class LocalTeam(Team):
 
     def cuts(self, parameter: Tensor, max_dim: int) -> list[Blocking | None]:
         """A rank whose rows are no matrix has no blocks; None if the whole is no matrix."""
-        whole = blocking(tuple(parameter.shape), max_dim)
-        if whole is None or not is_dtensor(parameter):
-            return [whole] * self.size
-        rest = tuple(parameter.shape[1:])
-        shapes = [(last - first, *rest) for first, last in chunks(parameter.shape[0], self.size)]
-        nothing = dataclasses.replace(whole, grid=(0, whole.grid[1]))
-        return [blocking(shape, max_dim) or nothing for shape in shapes]
+        if is_dtensor(parameter):
+            return list(_cuts_of_shards(tuple(parameter.shape), max_dim, self.size))
+        return super().cuts(parameter, max_dim)
 
     def place(
         self, units: dict[Tensor, tuple[Hashable, list[Blocking | None]]], *, divisible: bool
@@ -571,6 +596,16 @@ class LocalTeam(Team):
                 self._write(unit, self.own(unit), own)
 
         return finish
+
+
+@lru_cache(maxsize=4096)
+def _cuts_of_shards(shape: tuple[int, ...], max_dim: int, ranks: int) -> tuple[Blocking | None, ...]:
+    whole = blocking(shape, max_dim)
+    if whole is None:
+        return (None,) * ranks
+    nothing = dataclasses.replace(whole, grid=(0, whole.grid[1]))
+    rows = (last - first for first, last in chunks(shape[0], ranks))
+    return tuple(blocking((own, *shape[1:]), max_dim) or nothing for own in rows)
 
 
 def _overlap(a: Run, b: Run) -> Run:
