@@ -55,7 +55,7 @@ from lowbit_optim.shapes import MODELS
 Rows = list[dict[str, Any]]
 PLANNED = ("llama2-7b", "llama3-70b", "llama3-405b")
 MODES = {"DDP": "ddp", "FSDP2 whole": "whole", "FSDP2 local": "local", "HSDP whole": "whole"}
-AGREED = 48  # bytes that tell whether ranks agree on settings
+AGREED = 56  # bytes that tell whether ranks agree on settings
 LEFT_TO_BASE = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -178,7 +178,7 @@ def plan(shapes: dict[str, Shape], mode: str, gpus: int, shards: int, args: argp
     cut = 1 if mode == "DDP" else shards
     dtype = getattr(torch, args.dtype)
     numbers = spread.numbers_on_first(shapes.values(), cut) * dtype.itemsize
-    factors = of_model.summed(spread.factor_bytes(args.bits, args.limit)).sum(0)
+    factors = of_model.summed(spread.factor_bytes(args.bits)).sum(0)
     memory = {
         "parameters": numbers,
         "gradients": numbers,
@@ -206,7 +206,7 @@ def rows_of(found: Plan, of: Costs, network: Network, args: argparse.Namespace) 
     """Rows of the tables of memory and of steps."""
     own, room = found.spread, args.gpu_gb - args.others_gb
     first: dict[str, Any] = {"mode": found.mode, "GPUs": found.gpus, "shards": found.shards}
-    factors = own.summed(spread.factor_bytes(args.bits, args.limit))
+    factors = own.summed(spread.factor_bytes(args.bits))
     memory = first | found.memory | {"all GB": found.total, "fits": "yes" if found.total <= room else "no"}
     memory["factors, worst / mean"] = balance(factors)
     taken = step(own, found.numbers, of, network)
@@ -245,7 +245,7 @@ def placements(args: argparse.Namespace) -> Rows:
             own = Spread(shapes().values(), "ddp", ranks, limit=args.limit)
             blocks = int(own.blocks.sum())
             if blocks >= 20 * ranks:
-                factors = own.summed(spread.factor_bytes(args.bits, args.limit))
+                factors = own.summed(spread.factor_bytes(args.bits))
                 row = {"model": model, "ranks": ranks, "blocks": blocks, "blocks / ranks": blocks / ranks}
                 row |= {"worst / mean, cost": balance(own.summed(lambda r, c: r**3 + c**3))}
                 row |= {"worst / mean, bytes": balance(factors)}

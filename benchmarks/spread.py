@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from lowbit_optim import AdamW, Shampoo
-from lowbit_optim.blocking import Blocking, blocking
+from lowbit_optim.blocking import Blocking, blocking, blocking_of
 from lowbit_optim.distributed import Placement, Runs, Unit, chunks, runs_of
 from lowbit_optim.preconditioners.shared import rounds
+from lowbit_optim.storage.factors import put
 
 Shape = tuple[int, ...]
 Counts = NDArray[np.int64]  # of each rank, [ranks]; of each round, too, [rounds, ranks]
@@ -199,7 +200,7 @@ def _placed(cut: Blocking, runs: Runs, sharded: bool) -> Share:
     inside = of_owners((bottom - top) * width)
     if not sharded:
         return Share(blocks, np.full(ranks, m * n), inside, inside, np.zeros(ranks, np.int64), runs)
-    rows = _rows(cut, ranks)
+    rows = np.array(chunks(cut.shape[0], ranks, m // cut.shape[0]))  # of each rank: the first, the last + 1
     first, last = rows[owner].T
     kept = of_owners(np.maximum(np.minimum(bottom, last) - np.maximum(top, first), 0) * width)
     each = max(1, rows[0, 1])
@@ -211,37 +212,28 @@ def _placed(cut: Blocking, runs: Runs, sharded: bool) -> Share:
 
 def _local(cut: Blocking, ranks: int, limit: int) -> Share:
     """A matrix of whose rows every rank makes blocks of its own."""
-    first, last = np.array(chunks(cut.shape[0], ranks)).T
-    length = last - first
+    (m, n), length = cut.matrix, cut.shape[0]
+    rows = np.diff(np.array(chunks(length, ranks, m // length)))[:, 0]
     blocks = []
-    for rows in np.unique(length):
-        own = blocking((int(rows), *cut.shape[1:]), limit)
-        if own is not None:
-            blocks.append(Blocks(own.rows, own.columns, (length == rows) * own.count))
-    numbers = length * prod(cut.shape[1:])
+    for own in map(int, np.unique(rows[rows > 0])):
+        of_rows = blocking_of((own, n), (own, n), limit)
+        blocks.append(Blocks(of_rows.rows, of_rows.columns, (rows == own) * of_rows.count))
     runs = runs_of(sum((own.counts for own in blocks), np.zeros(ranks, np.int64)).tolist())
-    return Share(tuple(blocks), numbers, numbers, numbers, np.zeros(ranks, np.int64), runs)
-
-
-def _rows(cut: Blocking, ranks: int) -> Counts:
-    """The rows of a matrix that each rank has: the first, the last + 1, [ranks, 2]."""
-    each = cut.matrix[0] // cut.shape[0]
-    return np.array(chunks(cut.shape[0], ranks)) * each
+    return Share(tuple(blocks), rows * n, rows * n, rows * n, np.zeros(ranks, np.int64), runs)
 
 
 # ---- bytes that stay -------------------------------------------------------------------------------------------------
 
 
-def factor_bytes(bits: float, limit: int) -> Callable[[int, int], float]:
+def factor_bytes(bits: float) -> Callable[[int, int], float]:
     """From rows and columns of a block to the bytes of its factors, as Shampoo keeps them."""
+    optimizer = Shampoo([torch.empty(2, 2, device="meta")], bits=bits)
 
-    def of_block(rows: int, columns: int) -> float:
-        parameter = torch.empty(rows, columns, device="meta")
-        optimizer = Shampoo([parameter], bits=bits, max_preconditioner_dim=limit)
-        layout = optimizer.preconditioner.layout(parameter, optimizer.param_groups[0])
-        return sum(shape.numel() * dtype.itemsize for name, (shape, dtype) in layout.items() if "." in name)
+    def of_order(order: int) -> int:
+        form = optimizer.preconditioner.form(optimizer.param_groups[0], order)
+        return sum(x.nbytes for x in put("", form.init(1, order, torch.float32, "meta")).values())
 
-    return of_block
+    return lambda rows, columns: of_order(rows) + of_order(columns)
 
 
 def moment_bytes(shapes: Sequence[Shape], base_bits: int, dtype: torch.dtype, ranks: int = 1) -> int:

@@ -103,10 +103,15 @@ def blocking(shape: tuple[int, ...], max_dim: int) -> Blocking | None:
     dims = [d for d in shape if d != 1]
     if len(dims) < 2 or 0 in dims:
         return None
-    matrix = dims[0], prod(dims[1:])
-    grid = tuple(-(-d // max_dim) for d in matrix)
+    return blocking_of(shape, (dims[0], prod(dims[1:])), max_dim)
+
+
+@lru_cache(maxsize=4096)
+def blocking_of(shape: tuple[int, ...], matrix: tuple[int, int], max_dim: int) -> Blocking:
+    """The blocking of a tensor viewed as a matrix, which may have a single row."""
+    grid = -(-matrix[0] // max_dim), -(-matrix[1] // max_dim)
     rows, columns = (-(-d // g) for d, g in zip(matrix, grid, strict=True))
-    return Blocking(shape, matrix, (grid[0], grid[1]), rows, columns)
+    return Blocking(shape, matrix, grid, rows, columns)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_bytes_of_factors_and_moments_are_those_of_optimizers(bits, limit):
     optimizer.init_state()
     real = sum(x.nbytes for own in optimizer.state.values() for name, x in own.items() if "." in name)
     for mode in ("ddp", "whole"):
-        own = Spread(SHAPES, mode, 3, limit=limit).summed(spread.factor_bytes(bits, limit))
+        own = Spread(SHAPES, mode, 3, limit=limit).summed(spread.factor_bytes(bits))
         assert own.sum() == real
     adam = AdamW(parameters, bits=4)
     for parameter in parameters:
@@ -81,7 +81,7 @@ def test_a_step_is_that_of_its_rounds_one_after_the_other(mode):
         found = scale_plan.step(own, 1000, of, NETWORK)
         clocks = []
         for updates in (False, True):
-            clock = NETWORK.all_gather(3, 48) + NETWORK.all_reduce(3, 4 * own.alone)
+            clock = NETWORK.all_gather(3, scale_plan.AGREED) + NETWORK.all_reduce(3, 4 * own.alone)
             arrives = clock + coming(own, 0)
             left = 0.0
             for i in range(len(own.rounds)):

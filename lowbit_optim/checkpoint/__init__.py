@@ -44,8 +44,8 @@ from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.rotation import read_newest, rotate
 from lowbit_optim.checkpoint.tensors import snapshot
 from lowbit_optim.checkpoint.writing import commit
-from lowbit_optim.distributed import is_dtensor
 from lowbit_optim.planning import PlanError, parse_bytes
+from lowbit_optim.shards import is_dtensor
 
 __all__ = ["CheckpointError", "Saving", "load_checkpoint", "save_checkpoint"]
 

@@ -15,8 +15,8 @@ from lowbit_optim.checkpoint.manifest import CheckpointError
 from lowbit_optim.checkpoint.pieces import Layout, Mapped, layout_of
 from lowbit_optim.checkpoint.reading import Checkpoint
 from lowbit_optim.checkpoint.tensors import Stored, host_copy, memory_key, prefixes_of, raw_bytes
-from lowbit_optim.distributed import local
 from lowbit_optim.optimizers.second_order import SecondOrder
+from lowbit_optim.shards import local
 
 # Of the dtypes that factors and scales are kept in, those that have NaN.
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lowbit_optim.checkpoint.ranks import Ranks
-from lowbit_optim.distributed import chunks, is_dtensor, local
+from lowbit_optim.distributed import chunks
+from lowbit_optim.shards import is_dtensor, local
 
 
 class Layout(NamedTuple):

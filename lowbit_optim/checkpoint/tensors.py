@@ -8,7 +8,7 @@ import torch
 
 from lowbit_optim.checkpoint.pieces import Piece, checked_layout
 from lowbit_optim.checkpoint.ranks import ALONE, Ranks
-from lowbit_optim.distributed import is_dtensor, local
+from lowbit_optim.shards import is_dtensor, local
 from lowbit_optim.storage.codebooks import codebook
 from lowbit_optim.storage.small_floats import code_table
 

@@ -106,10 +106,9 @@ class KFACPreconditioner(KroneckerPreconditioner):
             if layer.joint is None or "left.failures" not in state.get(weight, {}):  # then it has a shape already
                 trains = bias is not None and bias.requires_grad and bias in group_of
                 layer.joint = bool(trains and layer.own_bias and group_of[bias]["precondition"])
-            layer.sharded = weight if is_dtensor(weight) else None
+            layer.sharded = (weight, bias) if is_dtensor(weight) else None
             layer.wanted = _due_next(layer, group_of[weight], state)
             self._layer_of[weight] = layer
-        super().prepare(groups, state)
 
     def unit(self, parameter: Tensor) -> tuple[Tensor, ...]:
         layer = self._layer_of[parameter]
@@ -131,7 +130,7 @@ class KFACPreconditioner(KroneckerPreconditioner):
             for i, lo, hi in pieces:
                 m, size = self._layer_of[part.units[i][0]].statistic(side, self._loss_scale)
                 found.append((m[lo:hi], size[lo:hi]))
-            both.append([torch.cat(x).to(part.dtype) for x in zip(*found, strict=True)])
+            both.append([torch.cat(x).to(part.device, part.dtype) for x in zip(*found, strict=True)])
         return tuple(both)
 
     def dampings(

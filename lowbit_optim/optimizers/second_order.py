@@ -3,14 +3,14 @@
 import copy
 import difflib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowbit_optim.distributed import Distribution
+from lowbit_optim.distributed import DISTRIBUTION, Distribution
 from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.report import report
 from lowbit_optim.optimizers.settings import (
@@ -45,7 +45,7 @@ from lowbit_optim.optimizers.state import (
 from lowbit_optim.optimizers.stats import parameter_stats, to_host, treatment
 from lowbit_optim.optimizers.watch import Watch
 from lowbit_optim.preconditioners.kronecker import Group, KroneckerPreconditioner
-from lowbit_optim.shards import placed
+from lowbit_optim.shards import is_dtensor, placed
 
 
 class SecondOrder(Optimizer):
@@ -92,6 +92,11 @@ class SecondOrder(Optimizer):
                 the optimizer is left as it was.
             TypeError: complex parameters, or a key that looks like a misspelt keyword.
         """
+        if alien := param_group.keys() & set(DISTRIBUTION):
+            raise ValueError(
+                f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
+                f"optimizer: give it to {type(self).__name__}(...) itself"
+            )
         self._refuse_misspelt(param_group)
         group = {**self.defaults, **param_group}
         if group["base"] != self.defaults["base"]:
@@ -144,18 +149,21 @@ class SecondOrder(Optimizer):
         if team is None:
             self._check_step()
             return
+        self.preconditioner.place(self.param_groups)
         problem: Exception | None = None
         try:
             self._check_step()
         except (TypeError, ValueError, RuntimeError) as error:
             problem = error
-        groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in self.param_groups]
+        known = self.defaults.keys() - {"kept_as"}
+        groups = [{k: g[k] for k in known & g.keys() if not isinstance(g[k], Tensor)} for g in self.param_groups]
         described = {
             "whether a step can be taken": str(problem or "yes"),
             "the class": type(self).__name__,
-            "the settings": [{**group, "params": len(group["params"])} for group in groups],
+            "the settings": [sorted(group.items()) for group in groups],
             "the parameters": [(tuple(p.shape), p.dtype) for p, _ in self._parameters()],
             "which of the parameters have a gradient": [int(p.grad is not None) for p, _ in self._parameters()],
+            "which of them owns which blocks": self.preconditioner.placed,
             "steps": [int(self.state[p].get("step", 0)) if p in self.state else 0 for p, _ in self._parameters()],
         }
         team.agree(described, self._parameters()[0][0].device, problem)
@@ -168,6 +176,7 @@ class SecondOrder(Optimizer):
         """
         whole: dict[str, Any] = super().state_dict()
         self._prepare()
+        self.preconditioner.place(self.param_groups)
         if self.preconditioner.team is not None:
             for index, (parameter, group) in enumerate(self._parameters()):
                 if index in whole["state"]:
@@ -180,6 +189,7 @@ class SecondOrder(Optimizer):
         The base's state still comes with its first step.
         """
         self._prepare()
+        self.preconditioner.place(self.param_groups)
         self._create_state(self._parameters())
 
     def state_codecs(self) -> dict[int, dict[str, dict[str, Any]]]:
@@ -322,10 +332,11 @@ class SecondOrder(Optimizer):
             check_moments(index, parameter, reader.state.get(parameter, {}))
         whole = self.state_dict()  # to be loaded at once, so that nothing has changed if it does not fit
         for index, (parameter, group) in enumerate(self._parameters()):
-            own, read = self.state.get(parameter, {}), reader.state.get(parameter, {})
+            own, read = whole["state"].get(index, {}), reader.state.get(parameter, {})
             kept = without_base(own)
             if read and self._lacks_state(parameter, group, kept):
-                kept = {**self.preconditioner.init_state(parameter, group), **kept}
+                first = self.preconditioner.init_state(parameter, group)
+                kept = {**self.preconditioner.shown(parameter, group, first), **kept}
             if kept:
                 whole["state"][index] = kept | given_back(read)
         for group, read in zip(whole["param_groups"], reader.param_groups, strict=True):
@@ -367,27 +378,37 @@ class SecondOrder(Optimizer):
     def _sealed(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict that fits, so that torch leaves it as it is: it casts every tensor to the parameter's dtype."""
         self._prepare()
-        team = self.preconditioner.team
-        problem: Exception | None = None
-        try:
-            self.check_state_dict(state_dict)
-        except ValueError as error:
-            problem = error
-        if team is not None:
-            team.agree({"whether the state dict fits": str(problem or "yes")}, self._parameters()[0][0].device, problem)
-        elif problem is not None:
-            raise problem
+        self._agree_on_state(state_dict)
+        # What the state dict says of blocks goes for its state.
+        groups = [
+            {**group, **saved, "params": group["params"]}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        self.preconditioner.place(groups)
         state = dict(state_dict["state"])
-        for index, (parameter, group) in self._by_index(state_dict):
-            if index in state:
-                own = {k: placed(v, parameter) if _is_moment(k, v) else v for k, v in state[index].items()}
-                state[index] = self.preconditioner.taken(parameter, group, own)
+        for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                if index in state:
+                    own = {k: placed(v, parameter) if _is_moment(k, v) else v for k, v in state[index].items()}
+                    state[index] = self.preconditioner.taken(parameter, group, own)
         return sealed({**state_dict, "state": state})
 
-    def _by_index(self, state_dict: Mapping[str, Any]) -> Iterable[tuple[Any, tuple[Tensor, Group]]]:
-        """The parameters and groups by their indices in a state dict."""
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        return zip(indices, self._parameters(), strict=True)
+    def _agree_on_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Check a state dict; in a process group, that all have the same, for they take it together."""
+        team = self.preconditioner.team
+        if team is None:
+            self.check_state_dict(state_dict)
+            return
+        problem: Exception | None = None
+        names: list[Any] = []
+        try:
+            self.check_state_dict(state_dict)
+            for index, own in state_dict["state"].items():
+                names.append((index, sorted((key, is_dtensor(value)) for key, value in own.items())))
+        except Exception as error:  # whatever it is, the others must hear of it
+            problem = error
+        described = {"whether the state dict fits": str(problem or "yes"), "the tensors in the state dict": names}
+        team.agree(described, self._parameters()[0][0].device, problem)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         base = state.pop("base", None)
@@ -490,7 +511,7 @@ class SecondOrder(Optimizer):
             )
         check_tensors(name, own, expected)
         check_moments(index, parameter, lent(state))
-        if isinstance(self.base, FirstOrder):
+        if isinstance(self.base, FirstOrder) and not self._lends_rows(parameter, group):
             self.base.check_state(index, parameter, group, lent(state))
 
     def _step_base(self) -> None:
@@ -500,18 +521,30 @@ class SecondOrder(Optimizer):
     def _step_base_on(self, instead: Mapping[Tensor, Tensor]) -> None:
         """Likewise, on other tensors instead of some parameters."""
         assert self.base is not None
-        groups = [{**group, "params": [instead.get(p, p) for p in group["params"]]} for group in self.param_groups]
-        self.base.param_groups = groups if instead else self.param_groups
         self.base.state = defaultdict(dict)
         for parameter, own in self.state.items():
             if own_of_base := lent(own):
                 self.base.state[instead.get(parameter, parameter)] = own_of_base
-        unhooked(type(self.base).step)(self.base)
-        back = {stand_in: parameter for parameter, stand_in in instead.items()}
-        for parameter, own in self.base.state.items():
-            self.state[back.get(parameter, parameter)].update(given_back(own))
-        self.base.state = defaultdict(dict)
-        self.base.param_groups = self.param_groups
+        groups = [{**group, "params": [instead.get(p, p) for p in group["params"]]} for group in self.param_groups]
+        try:
+            for some in self._apart(groups, {*instead.values()}) if instead else [self.param_groups]:
+                self.base.param_groups = some
+                unhooked(type(self.base).step)(self.base)
+            back = {stand_in: parameter for parameter, stand_in in instead.items()}
+            for parameter, own in self.base.state.items():
+                self.state[back.get(parameter, parameter)].update(given_back(own))
+        finally:
+            self.base.state = defaultdict(dict)
+            self.base.param_groups = self.param_groups
+
+    def _apart(self, groups: list[Group], plain: set[Tensor]) -> list[list[Group]]:
+        """Groups with plain tensors among DTensors, which torch's optimizers do not take together, one kind a time."""
+        if isinstance(self.base, FirstOrder):  # it knows, and numbers parameters by their places
+            return [groups]
+        return [
+            [{**group, "params": [p for p in group["params"] if (p in plain) == first]} for group in groups]
+            for first in (True, False)
+        ]
 
 
 def _fix(group: Group) -> None:
@@ -525,10 +558,6 @@ def _unfold(parameter: Tensor) -> None:
     assert gradient is not None
     if any(stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)):
         parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
-
-
-# Keywords that say how an optimizer is spread over processes.
-DISTRIBUTION = ("process_group", "replicate", "shards", "exchange_dtype")
 
 
 def keywords(given: dict[str, Any], *others: str) -> dict[str, Any]:

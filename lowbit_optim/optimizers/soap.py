@@ -15,6 +15,7 @@ from lowbit_optim.optimizers.first_order import FirstOrder
 from lowbit_optim.optimizers.moments import moment_form
 from lowbit_optim.optimizers.second_order import SecondOrder, keywords
 from lowbit_optim.optimizers.shampoo import ShampooPreconditioner
+from lowbit_optim.optimizers.state import where
 from lowbit_optim.preconditioners.buckets import Due, Forms
 from lowbit_optim.preconditioners.eigenbases import EigenbasisPreconditioner
 from lowbit_optim.preconditioners.kronecker import Group, Root, working_dtype
@@ -32,9 +33,11 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
 
     on_shards: ClassVar[bool] = False  # bases are of whole matrices
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.turned: list[tuple[Sequence[Unit], Sequence[Tensor]]] = []  # of this step, where a team shares the work
+    turned: list[tuple[Sequence[Unit], Sequence[Tensor]]]  # of this step, where a team shares the work
+
+    def step(self, groups: list[Group], state: State) -> Tensor | None:
+        self.turned = []
+        return super().step(groups, state)
 
     def blocking(self, parameter: Tensor, group: Group) -> Blocking | None:
         """One block: moments live in the eigenbasis, which padding would not fit."""
@@ -117,14 +120,14 @@ class SOAPPreconditioner(EigenbasisPreconditioner, ShampooPreconditioner):
             return shown
         runs = self._row_runs(parameter)
         layout = {name: (torch.Size((runs[-1][1], *x.shape[1:])), x.dtype) for name, x in moments.items()}
-        return shown | team.shown(moments, layout, runs)
+        return shown | team.state.shown(moments, layout, runs)
 
     def taken(self, parameter: Tensor, group: Group, given: dict[str, Any]) -> dict[str, Any]:
         taken, team = super().taken(parameter, group, given), self.team
         moments = _moments_in(given)
         if team is None or taken is given or not moments:
             return taken
-        return taken | team.taken(moments, {}, self._row_runs(parameter))
+        return taken | team.state.taken(moments, {}, self._row_runs(parameter))
 
     def _row_runs(self, parameter: Tensor) -> Runs:
         """Which rows of its moments each rank has: the owner all."""
@@ -259,7 +262,7 @@ class SOAP(SecondOrder):
 
     def _step_base_shared(self, team: Team) -> None:
         """Likewise, each parameter by its owner alone, who has its moments, on a stand-in of the whole parameter."""
-        turned, self.preconditioner.turned = self.preconditioner.turned, []
+        turned = self.preconditioner.turned
         places = {parameter: (index, group) for index, (parameter, group) in enumerate(self._parameters())}
         stand_ins = {}
         for units, blocks in turned:
@@ -295,6 +298,18 @@ class SOAP(SecondOrder):
                 if int(self.state[parameter]["step"]) > 1:
                     gradient, here = local(parameter.grad), local(parameter)  # type: ignore[arg-type]
                     add_step(here, places[parameter][1], here, gradient)
+
+    def _check_step(self) -> None:
+        super()._check_step()
+        if self.preconditioner.team is not None:
+            for index, (parameter, group) in enumerate(self._parameters()):
+                own = self.state.get(parameter, {})
+                shared = self.preconditioner.blocking(parameter, group) is not None
+                if "base.step" in own and shared != ("left.failures" in own):
+                    raise ValueError(
+                        f"{where(index, parameter)}: precondition was changed to {group['precondition']} in a process "
+                        "group, where a preconditioned parameter's moments are with its owner alone: set it back"
+                    )
 
     def _lends_rows(self, parameter: Tensor, group: Group) -> bool:
         return self.preconditioner.team is not None and self.preconditioner.blocking(parameter, group) is not None

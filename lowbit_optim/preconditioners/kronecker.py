@@ -10,7 +10,7 @@ unit's state is that of its first parameter.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
@@ -216,7 +216,7 @@ class KroneckerPreconditioner(ABC):
         if self.team is not None:
             cuts = self.cuts(parameter, group)
             layouts = [_factor_layout(c, self.forms(group, c), working_dtype(parameter)) for c in cuts if c is not None]
-            return counters | self.team.layout(layouts)
+            return counters | self.team.state.layout(layouts)
         return counters | _factor_layout(cut, self.forms(group, cut), working_dtype(parameter))
 
     def init_state(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
@@ -241,7 +241,9 @@ class KroneckerPreconditioner(ABC):
         if self.team is None or not factors:
             return own
         group = {**group, "precondition": True}
-        return own | self.team.shown(factors, self._factors_in(self.layout(parameter, group)), self.runs(parameter))
+        return own | self.team.state.shown(
+            factors, self._factors_in(self.layout(parameter, group)), self.runs(parameter)
+        )
 
     def taken(self, parameter: Tensor, group: Group, given: dict[str, Any]) -> dict[str, Any]:
         """The inverse of ``shown``; whole tensors are taken, too."""
@@ -253,7 +255,7 @@ class KroneckerPreconditioner(ABC):
         own = self._own_factors(parameter, {**group, "precondition": True}, "meta")
         layout = {name: (part.shape, part.dtype) for name, part in own.items()}
         others = {name: value for name, value in given.items() if name not in factors}
-        return others | self.team.taken(factors, layout, self.runs(parameter))
+        return others | self.team.state.taken(factors, layout, self.runs(parameter))
 
     def bring_back(self, team: Team, units: Sequence[Unit], blocks: Sequence[Tensor]) -> Callable[[], None]:
         """Begin to bring preconditioned blocks to where they are needed; the result waits for it."""
@@ -264,19 +266,22 @@ class KroneckerPreconditioner(ABC):
         """Of a parameter's state what has a row for each block."""
         return {name: own[name] for name in sorted(own) if name.startswith(("left.", "right.", "moment."))}
 
-    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def prepare(self, groups: list[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:  # noqa: B027
         """Look at the groups and the state as they are now; called before anything else is asked."""
+
+    def place(self, groups: list[Group]) -> None:
+        """Say who owns which blocks; where a team shares them, all ranks must call it together."""
         if self.team is None:
             return
         self._runs = {}
         for preconditioned in (True, False):  # those that may be one day after those that are
-            units: dict[Tensor, tuple[Hashable, list[Blocking | None]]] = {}
-            for g, group in enumerate(groups):
+            units = {}
+            for group in groups:
                 if group["precondition"] == preconditioned:
-                    for i, parameter in enumerate(group["params"]):
+                    for parameter in group["params"]:
                         cuts = self.cuts(parameter, {**group, "precondition": True})
                         if cuts[self.team.rank] is not None:
-                            units[parameter] = ((g, i), cuts)
+                            units[parameter] = cuts
             self._runs |= self.team.place(units, divisible=self.divisible)
 
     def cuts(self, parameter: Tensor, group: Group) -> list[Blocking | None]:
@@ -287,6 +292,11 @@ class KroneckerPreconditioner(ABC):
     def runs(self, parameter: Tensor) -> Runs:
         """Which blocks of a parameter's unit each rank of the team owns."""
         return self._runs[parameter]
+
+    @property
+    def placed(self) -> list[Runs]:
+        """Of all units in their order."""
+        return list(self._runs.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # teams and their placements are the optimizer's

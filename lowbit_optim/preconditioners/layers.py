@@ -101,22 +101,24 @@ class Layer:
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     examples: int = 0
     rows: int = 0
-    sharded: Any = None  # the weight, where FSDP puts another in its place while the module is at work
+    sharded: tuple[Any, Any] | None = None  # weight and bias, where FSDP has others in their place at times
 
     @property
     def weight(self) -> nn.Parameter | None:
         """None once the module is gone."""
-        module = self.module()
-        weight: Any = getattr(module, "weight", None)
-        if module is not None and self.sharded is not None and not is_dtensor(weight):
-            return self.sharded
-        return weight if isinstance(weight, nn.Parameter) else None
+        return self._parameter("weight", 0)
 
     @property
     def bias(self) -> nn.Parameter | None:
         """None where there is none."""
-        bias: Any = getattr(self.module(), "bias", None)
-        return bias if isinstance(bias, nn.Parameter) else None
+        return self._parameter("bias", 1)
+
+    def _parameter(self, name: str, place: int) -> nn.Parameter | None:
+        module = self.module()
+        found: Any = getattr(module, name, None)
+        if module is not None and self.sharded is not None and not is_dtensor(found):
+            found = self.sharded[place]
+        return found if isinstance(found, nn.Parameter) else None
 
     @property
     def blocking(self) -> Blocking:
@@ -313,18 +315,15 @@ def layers_of(model: nn.Module, reduce: bool) -> tuple[list[Layer], dict[str, st
 def add_batches(layers: list[Layer], group: Any) -> None:
     """Make what layers have collected that of the batches of all processes in a group, which call this together.
 
-    The gradient trained on is the mean of those of the processes, and their batches are of one size.
+    The gradient that is trained on is the mean of those of the processes.
     """
     if not layers:
         return
     roles = ("inputs", "gradients")
     parts = [layer.collected(role) for layer in layers for role in roles]
-    own = [max(layer.examples, 1) if role == "gradients" else 1 for layer in layers for role in roles]
-    device = parts[0][1].device
-    counts = torch.tensor([(layer.examples, layer.rows) for layer in layers], device=device)
+    counts = torch.tensor([(layer.examples, layer.rows) for layer in layers], device=parts[0][1].device)
     dist.all_reduce(counts, group=group)
-    # A gradient of the mean over a batch is as many times one of the mean over all as the batch is smaller.
-    magnitudes = torch.stack([magnitude.double() * n for (magnitude, _), n in zip(parts, own, strict=True)])
+    magnitudes = torch.stack([magnitude.double() for magnitude, _ in parts])
     largest = magnitudes.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     shares = (magnitudes / largest).square()
@@ -332,7 +331,7 @@ def add_batches(layers: list[Layer], group: Any) -> None:
     for i, (layer, (examples, rows)) in enumerate(zip(layers, counts.tolist(), strict=True)):
         if rows:
             layer.examples, layer.rows = examples, rows
-            units = largest[2 * i], largest[2 * i + 1] / examples
+            units = largest[2 * i], largest[2 * i + 1] / dist.get_world_size(group)
             pairs = zip(units, totals[2 * i : 2 * i + 2], strict=True)
             layer.sums = {role: (unit.to(m.dtype), m) for role, (unit, m) in zip(roles, pairs, strict=True)}
 

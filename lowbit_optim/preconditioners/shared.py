@@ -154,9 +154,13 @@ def _count_bad(works: list[Work], units: list[Unit], bad: Tensor) -> Tensor:
 def _weigh(team: Team, works: list[Work], units: list[Unit], blocks: list[Tensor], measures: Measures) -> None:
     """Multiply this rank's blocks with their weights."""
     counts = [unit.blocks for unit in units]
-    grafted = torch.tensor([work.settings.graft and work.settings.precondition for work in works])
-    owner = owners(counts, measures.weight.device)
-    weight = torch.where(grafted.to(owner.device)[owner], graft(counts, measures), measures.weight)
+    grafted = [work.settings.graft and work.settings.precondition for work in works]
+    weight = measures.weight
+    if any(grafted):
+        weight = graft(counts, measures)
+    if not all(grafted):  # of units, and not of all of them
+        chosen = torch.tensor(grafted, device=weight.device)[owners(counts, weight.device)]
+        weight = torch.where(chosen, weight, measures.weight)
     for work, unit, own, weights in zip(works, units, blocks, weight.split(counts), strict=True):
         first, last = unit.runs[team.rank]
         own *= each(bounded_weight(weights[first:last], own.dtype), own)

@@ -72,7 +72,7 @@ def test_the_plan_says_what_is_sent_and_kept(found, mode, exchange_dtype):
     assert len(planned.rounds) > 1
     sent, factors, _ = zip(*(own[mode, exchange_dtype] for own in found), strict=True)
     assert sent == tuple(STEPS * own for own in planned.sent.tolist())
-    assert factors == tuple(planned.summed(factor_bytes(2, LIMIT)).sum(0))
+    assert factors == tuple(planned.summed(factor_bytes(2)).sum(0))
 
 
 def test_an_estimate_says_what_each_rank_keeps(found):
