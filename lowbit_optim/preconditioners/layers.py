@@ -238,9 +238,9 @@ class Hook:
             return
         if torch._C._are_functorch_transforms_active():  # per-example gradients and the like, which train nothing
             return
-        # FSDP has gradients of several batches come together after the last of them.
-        late = layer.sharded is not None or _in_backward()
-        if layer.rows and layer.weight is not None and layer.weight.grad is None and not late:
+        # FSDP keeps gradients elsewhere until it reduces them, perhaps after several backward passes.
+        plain = layer.weight if layer.sharded is None else None
+        if layer.rows and plain is not None and plain.grad is None and not _in_backward():
             layer.clear()  # of a step that was left out, whose gradients are gone already
         anchor = torch.empty(0, device=output.device, requires_grad=True)
         node: Any = _Keep.apply(anchor, args[0] if args else kwargs["input"]).grad_fn
