@@ -204,7 +204,6 @@ def of_host(rounds: int) -> tuple[Host, float]:
     def own() -> None:
         """What a step does with all ranks of every matrix."""
         runs = many.place({p: many.cuts(p, 1200) for p in parameters}, divisible=True)
-        repr(list(runs.values()))
         units = [unit._replace(runs=own) for own in runs.values()]
         for back in (False, True):
             many._routes(units, many._in_my_rows, back=back)
