@@ -24,16 +24,17 @@ what a message costs. On R ranks, of which each has s bytes for all others, or s
 
 Steps. Rounds follow each other as in the library: while one is worked on, the next one's gradients come and the last
 one's results go; what is told of blocks, and that settings agree, is waited for. The slowest rank counts in every
-round; "busy" is how much of its time the mean rank works on blocks. A step is the mean over a period, with its update
-once in ``--period`` steps. The training's own bytes are those of DDP (gradients all-reduced) or FSDP2 (parameters
-gathered twice, gradients reduced; with HSDP reduced between copies of the model, too), which AdamW has as well.
+round; "busy" is how much of its time the mean rank works on blocks, without an update. A step is the mean over a
+period, with its update once in ``--period`` steps. The training's own bytes are those of DDP (gradients all-reduced) or
+FSDP2 (parameters gathered twice, gradients reduced; with HSDP reduced between copies of the model, too), which AdamW
+has as well.
 
 Memory is that of the rank that has most: parameters and gradients in ``--dtype``; AdamW's moments at ``--base-bits``;
 factors at ``--bits``; buffers of the exchange; the keyword ``workspace``. Embeddings and heads are left to the base, as
 ``param_groups`` does. HSDP has a copy of the model on the fewest GPUs, from one node on, where it fits.
 
 The limit is "memory" where it does not fit; else what takes most of a step: "network" (as far as it is waited for),
-"update", or "ordinary", all other work, the host's and the base's among it.
+"update", "host", or "ordinary", all other work, the base's among it.
 """
 
 import argparse
@@ -95,8 +96,9 @@ class Network:
 class Step(NamedTuple):
     """Seconds of a step on the slowest ranks."""
 
-    ordinary: float  # work without an update
-    update: float  # beyond that
+    ordinary: float  # work on numbers without an update
+    host: float  # beyond that
+    update: float  # beyond both
     network: float  # all of it, waited for or not
     whole: float  # an ordinary step, with what is waited for
     worst: float  # a step with updates
@@ -115,7 +117,8 @@ def step(own: Spread, numbers: int, of: Costs, network: Network) -> Step:
     """
     ranks = own.ranks
     blocks, update = own.summed(of.of_ordinary), own.summed(of.of_update)
-    ordinary = blocks + of.copied * own.copied + of.host.each_piece * own.pieces + of.host.each_round
+    numbers_only = blocks + of.copied * own.copied
+    ordinary = numbers_only + of.host.each_piece * own.pieces + of.host.each_round
     told = network.all_gather(ranks, own.told[:, 0])
     coming = going = np.zeros(len(own.rounds))
     if own.mode == "ddp":
@@ -124,14 +127,15 @@ def step(own: Spread, numbers: int, of: Costs, network: Network) -> Step:
         coming = going = network.all_to_all(ranks, np.maximum(*own.collected).max(1), own.messages.max(1))
     meanwhile = np.append(coming[1:], 0) + np.append(0, going[:-1])
     agreed = network.all_gather(ranks, AGREED) + network.all_reduce(ranks, 4 * own.alone)
-    base = of.base * numbers + of.host.each_owner * ranks * sum(map(len, own.rounds))
+    base, owners = of.base * numbers, of.host.each_owner * ranks * sum(map(len, own.rounds))
 
     def waited(work: Any) -> float:
-        return float(agreed + coming[0] + np.maximum(work.max(1) + told, meanwhile).sum() + going[-1] + base)
+        return float(agreed + coming[0] + np.maximum(work.max(1) + told, meanwhile).sum() + going[-1] + base + owners)
 
-    slowest = ordinary.max(1).sum()
+    slowest, of_numbers = ordinary.max(1).sum(), numbers_only.max(1).sum()
     return Step(
-        ordinary=float(slowest + base),
+        ordinary=float(of_numbers + base),
+        host=float(slowest - of_numbers + owners),
         update=float((ordinary + update).max(1).sum() - slowest),
         network=float(agreed + (coming + going + told).sum()),
         whole=waited(ordinary),
@@ -212,7 +216,7 @@ def rows_of(found: Plan, of: Costs, network: Network, args: argparse.Namespace) 
     memory["factors, worst / mean"] = balance(factors)
     taken = step(own, found.numbers, of, network)
     mean = taken.mean(args.period)
-    parts = {"ordinary": taken.ordinary, "update": taken.update / args.period}
+    parts = {"ordinary": taken.ordinary, "host": taken.host, "update": taken.update / args.period}
     parts["network"] = mean - sum(parts.values())
     limit = max(parts, key=lambda part: parts[part]) if found.total <= room else "memory"
     steps = first | {
@@ -223,6 +227,7 @@ def rows_of(found: Plan, of: Costs, network: Network, args: argparse.Namespace) 
         "sent GB": float(own.sent.max()) / 1e9,
         "training's GB": found.own_gb(getattr(torch, args.dtype).itemsize),
         "ordinary s": taken.ordinary,
+        "host s": taken.host,
         f"update s / {args.period}": taken.update / args.period,
         "network s": taken.network,
         "step s": mean,

@@ -160,6 +160,7 @@ def test_what_limits_is_memory_then_what_takes_longest():
     """A model of 7B on 16 GPUs; copies of HSDP grow until they fit."""
     nothing, host = (0.0, 0.0, 0.0), Host(1.0, 0.0, 0.0)
     of = {
+        "host": Costs("", nothing, nothing, 0.0, 0.0, Host(1.0, 1e12, 0.0)),
         "network": Costs("", nothing, nothing, 0.0, 0.0, host),
         "update": Costs("", nothing, (1.0, 0.0, 0.0), 0.0, 0.0, host),
         "ordinary": Costs("", (1.0, 0.0, 0.0), nothing, 0.0, 0.0, host),
