@@ -7,12 +7,13 @@ A plan, not a measurement: what every rank has, holds and sends is worked out by
 ``benchmarks.spread``, which tests hold equal to what processes send); times come from costs and a model of the network.
 
 Costs. By default they are measured here, on one thread of the CPU: steps of Shampoo on blocks of several sizes, and of
-AdamW. A block of r x c then takes a sum of powers of r and c that is fitted to them, and a round what a step on one
-tiny block takes. With ``--matmul-tflops`` and ``--memory-gbs`` nothing is measured, and costs are ASSUMED: what the
-library multiplies (that of an update on a GPU is counted: about 46 products for a factor), at that rate in float32;
-memory that is read and written, at that rate: 10 times a float32 for each number of a block, for each number of its
-roots the codes and twice a float32, in an update three times a float32 for each product, in the base's step parameters
-and moments twice and gradients once; and ``--round-ms``.
+AdamW. A block of r x c then takes a sum of powers of r and c that is fitted to them. With ``--matmul-tflops`` and
+``--memory-gbs`` they are ASSUMED: what the library multiplies (that of an update on a GPU is counted: about 46 products
+for a factor), at that rate in float32; and memory that is read and written, at that rate: 10 times a float32 for each
+number of a block, twice for each number that is copied to be sent or back, for each number of its roots the codes and
+twice a float32, in an update three times a float32 for each product, in the base's step parameters and moments twice
+and gradients once. What the host takes (Python) is always measured here: for each round, for each piece that is copied,
+and for each matrix and rank. It comes on top of all other work.
 
 Network. A node has g GPUs; each sends I bytes a second to others in its node and E to other nodes; L is a latency, M
 what a message costs. On R ranks, of which each has s bytes for all others, or sends and receives at most s:
@@ -23,16 +24,17 @@ what a message costs. On R ranks, of which each has s bytes for all others, or s
 
 Steps. Rounds follow each other as in the library: while one is worked on, the next one's gradients come and the last
 one's results go; what is told of blocks, and that settings agree, is waited for. The slowest rank counts in every
-round; "busy" is how much of its time the mean rank works on blocks. A step is the mean over a period, with its update
-once in ``--period`` steps. The training's own bytes are those of DDP (gradients all-reduced) or FSDP2 (parameters
-gathered twice, gradients reduced; with HSDP reduced between copies of the model, too), which AdamW has as well.
+round; "busy" is how much of its time the mean rank works on blocks, without an update. A step is the mean over a
+period, with its update once in ``--period`` steps. The training's own bytes are those of DDP (gradients all-reduced) or
+FSDP2 (parameters gathered twice, gradients reduced; with HSDP reduced between copies of the model, too), which AdamW
+has as well.
 
 Memory is that of the rank that has most: parameters and gradients in ``--dtype``; AdamW's moments at ``--base-bits``;
 factors at ``--bits``; buffers of the exchange; the keyword ``workspace``. Embeddings and heads are left to the base, as
 ``param_groups`` does. HSDP has a copy of the model on the fewest GPUs, from one node on, where it fits.
 
 The limit is "memory" where it does not fit; else what takes most of a step: "network" (as far as it is waited for),
-"update", or "ordinary", all other work, the host's and the base's among it.
+"update", "host", or "ordinary", all other work, the base's among it.
 """
 
 import argparse
@@ -94,8 +96,9 @@ class Network:
 class Step(NamedTuple):
     """Seconds of a step on the slowest ranks."""
 
-    ordinary: float  # work without an update
-    update: float  # beyond that
+    ordinary: float  # work on numbers without an update
+    host: float  # beyond that
+    update: float  # beyond both
     network: float  # all of it, waited for or not
     whole: float  # an ordinary step, with what is waited for
     worst: float  # a step with updates
@@ -114,7 +117,8 @@ def step(own: Spread, numbers: int, of: Costs, network: Network) -> Step:
     """
     ranks = own.ranks
     blocks, update = own.summed(of.of_ordinary), own.summed(of.of_update)
-    ordinary = blocks + of.each_round
+    numbers_only = blocks + of.copied * own.copied
+    ordinary = numbers_only + of.host.each_piece * own.pieces + of.host.each_round
     told = network.all_gather(ranks, own.told[:, 0])
     coming = going = np.zeros(len(own.rounds))
     if own.mode == "ddp":
@@ -123,14 +127,15 @@ def step(own: Spread, numbers: int, of: Costs, network: Network) -> Step:
         coming = going = network.all_to_all(ranks, np.maximum(*own.collected).max(1), own.messages.max(1))
     meanwhile = np.append(coming[1:], 0) + np.append(0, going[:-1])
     agreed = network.all_gather(ranks, AGREED) + network.all_reduce(ranks, 4 * own.alone)
-    base = of.base * numbers
+    base, owners = of.base * numbers, of.host.each_owner * ranks * sum(map(len, own.rounds))
 
     def waited(work: Any) -> float:
-        return float(agreed + coming[0] + np.maximum(work.max(1) + told, meanwhile).sum() + going[-1] + base)
+        return float(agreed + coming[0] + np.maximum(work.max(1) + told, meanwhile).sum() + going[-1] + base + owners)
 
-    slowest = ordinary.max(1).sum()
+    slowest, of_numbers = ordinary.max(1).sum(), numbers_only.max(1).sum()
     return Step(
-        ordinary=float(slowest + base),
+        ordinary=float(of_numbers + base),
+        host=float(slowest - of_numbers + owners),
         update=float((ordinary + update).max(1).sum() - slowest),
         network=float(agreed + (coming + going + told).sum()),
         whole=waited(ordinary),
@@ -211,7 +216,7 @@ def rows_of(found: Plan, of: Costs, network: Network, args: argparse.Namespace) 
     memory["factors, worst / mean"] = balance(factors)
     taken = step(own, found.numbers, of, network)
     mean = taken.mean(args.period)
-    parts = {"ordinary": taken.ordinary, "update": taken.update / args.period}
+    parts = {"ordinary": taken.ordinary, "host": taken.host, "update": taken.update / args.period}
     parts["network"] = mean - sum(parts.values())
     limit = max(parts, key=lambda part: parts[part]) if found.total <= room else "memory"
     steps = first | {
@@ -222,6 +227,7 @@ def rows_of(found: Plan, of: Costs, network: Network, args: argparse.Namespace) 
         "sent GB": float(own.sent.max()) / 1e9,
         "training's GB": found.own_gb(getattr(torch, args.dtype).itemsize),
         "ordinary s": taken.ordinary,
+        "host s": taken.host,
         f"update s / {args.period}": taken.update / args.period,
         "network s": taken.network,
         "step s": mean,
@@ -269,7 +275,6 @@ def main() -> None:
     add("--others-gb", type=float, default=20.0, help="of it for activations and gathered layers (default 20)")
     add("--matmul-tflops", type=float, help="assumed, float32; with --memory-gbs (default: costs are measured here)")
     add("--memory-gbs", type=float, help="assumed, of a GPU's memory")
-    add("--round-ms", type=float, default=2.0, help="assumed with these, of the host for a round (default 2)")
     add("--node", type=int, default=8, help="GPUs of a node, assumed (default 8)")
     add("--inside-gbs", type=float, default=400.0, help="of a GPU to others of its node, assumed (default 400)")
     add("--between-gbs", type=float, default=50.0, help="of a GPU to other nodes, assumed (default 50)")
@@ -285,7 +290,7 @@ def main() -> None:
     else:
         itemsize = getattr(torch, args.dtype).itemsize
         rates = args.matmul_tflops * 1e12, args.memory_gbs * 1e9
-        of, tried = costs.assumed(args.bits, args.base_bits, itemsize, *rates, args.round_ms / 1e3)
+        of, tried = costs.assumed(args.bits, args.base_bits, itemsize, *rates, args.rounds)
     network = Network(
         args.node, args.inside_gbs * 1e9, args.between_gbs * 1e9, args.latency_us / 1e6, args.message_us / 1e6
     )

@@ -51,13 +51,21 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Share:
-    """What each rank has of one matrix: numbers in its rows, in its blocks, in both, and others to send to or from."""
+    """What each rank has of one matrix.
+
+    Attributes:
+        blocks: that it works on.
+        rows, inside, kept: numbers in its rows, in its blocks without what they are filled up with, in both.
+        targets, sources: pieces of blocks in its rows, and of its blocks in the rows of ranks.
+        runs: as the library has them.
+    """
 
     blocks: tuple[Blocks, ...]
     rows: Counts
     inside: Counts
     kept: Counts
-    messages: Counts
+    targets: Counts
+    sources: Counts
     runs: Runs
 
     @property
@@ -129,6 +137,22 @@ class Spread:
         """How many each rank works on in each round."""
         return self.summed(lambda rows, columns: 1).astype(np.int64)
 
+    # ---- what is copied into buffers and out of them ----
+
+    @property
+    def pieces(self) -> Counts:
+        """How many a rank copies in each round: to send or work on, and back."""
+        if self.mode == "ddp":  # its own, and then everybody's
+            return self.blocks + self.blocks.sum(1, keepdims=True)
+        return 2 * self._of_rounds(lambda share: share.targets + share.sources)
+
+    @property
+    def copied(self) -> Counts:
+        """How many numbers they are."""
+        if self.mode == "ddp":
+            return self._of_rounds(lambda share: share.inside + share.rows)
+        return 2 * self._of_rounds(lambda share: share.inside + share.rows)
+
     # ---- what is sent, in bytes ----
 
     @cached_property
@@ -153,7 +177,8 @@ class Spread:
     @cached_property
     def messages(self) -> Counts:
         """How many others a rank sends to, or receives from if that is more, in each round; at most."""
-        return np.minimum(self._of_rounds(lambda share: share.messages), self.ranks - 1)
+        both = self._of_rounds(lambda share: share.targets), self._of_rounds(lambda share: share.sources)
+        return np.minimum(np.maximum(*both), self.ranks - 1)
 
     @property
     def sent(self) -> Counts:
@@ -199,15 +224,15 @@ def _placed(cut: Blocking, runs: Runs, sharded: bool) -> Share:
 
     inside = of_owners((bottom - top) * width)
     if not sharded:
-        return Share(blocks, np.full(ranks, m * n), inside, inside, np.zeros(ranks, np.int64), runs)
+        return Share(blocks, np.full(ranks, m * n), inside, inside, counts, counts, runs)
     rows = np.array(chunks(cut.shape[0], ranks, m // cut.shape[0]))  # of each rank: the first, the last + 1
     first, last = rows[owner].T
     kept = of_owners(np.maximum(np.minimum(bottom, last) - np.maximum(top, first), 0) * width)
-    each = max(1, rows[0, 1])
-    sources = np.where(bottom > top, (bottom - 1) // each - top // each + 1, 0)
-    length = rows[:, 1] - rows[:, 0]
-    targets = np.where(length > 0, ((rows[:, 1] - 1) // cut.rows - rows[:, 0] // cut.rows + 1) * across, 0)
-    return Share(blocks, length * n, inside, kept, np.maximum(of_owners(sources), targets), runs)
+    each = rows[0, 1]
+    sources = of_owners(np.where(bottom > top, (bottom - 1) // each - top // each + 1, 0))
+    first, last = rows.T
+    targets = np.where(last > first, ((last - 1) // cut.rows - first // cut.rows + 1) * across, 0)
+    return Share(blocks, (last - first) * n, inside, kept, targets, sources, runs)
 
 
 def _local(cut: Blocking, ranks: int, limit: int) -> Share:
@@ -218,8 +243,9 @@ def _local(cut: Blocking, ranks: int, limit: int) -> Share:
     for own in map(int, np.unique(rows[rows > 0])):
         of_rows = blocking_of((own, n), (own, n), limit)
         blocks.append(Blocks(of_rows.rows, of_rows.columns, (rows == own) * of_rows.count))
-    runs = runs_of(sum((own.counts for own in blocks), np.zeros(ranks, np.int64)).tolist())
-    return Share(tuple(blocks), rows * n, rows * n, rows * n, np.zeros(ranks, np.int64), runs)
+    counts = sum((own.counts for own in blocks), np.zeros(ranks, np.int64))
+    numbers = rows * n
+    return Share(tuple(blocks), numbers, numbers, numbers, counts, counts, runs_of(counts.tolist()))
 
 
 # ---- bytes that stay -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import costs, scale_plan, spread
-from benchmarks.costs import Costs
+from benchmarks.costs import Costs, Host
 from benchmarks.scale_plan import Network, Plan
 from benchmarks.spread import Spread
 from lowbit_optim import AdamW, Shampoo, state_bytes
@@ -77,7 +77,7 @@ def test_a_step_is_that_of_its_rounds_one_after_the_other(mode):
     own = Spread(SHAPES, mode, 3, left=1, limit=48, workspace=2**16)
     assert len(own.rounds) > 2
     for scale in (1e-6, 1e-3, 1.0):
-        of = Costs("", (scale, 0.0, 0.0), (0.0, scale, 0.0), 0.25, 2.0)
+        of = Costs("", (scale, 0.0, 0.0), (0.0, scale, 0.0), 0.25, 1e-4, Host(2.0, 0.125, 0.5))
         found = scale_plan.step(own, 1000, of, NETWORK)
         clocks = []
         for updates in (False, True):
@@ -88,13 +88,14 @@ def test_a_step_is_that_of_its_rounds_one_after_the_other(mode):
                 clock = max(clock, arrives)
                 began = clock
                 clock += max(
-                    2.0 + sum(work(blocks, rank, scale, updates) for share in own.rounds[i] for blocks in share.blocks)
+                    sum(work(blocks, rank, scale, updates) for share in own.rounds[i] for blocks in share.blocks)
+                    + (2.0 + 0.125 * own.pieces[i, rank] + 1e-4 * own.copied[i, rank])
                     for rank in range(3)
                 )
                 clock += NETWORK.all_gather(3, own.told[i, 0])
                 clock = max(clock, began + coming(own, i + 1) + left)  # one link for both
                 arrives, left = clock, going(own, i)
-            clocks.append(clock + left + 250)
+            clocks.append(clock + left + 250 + 0.5 * 3 * 4)
         assert [found.whole, found.worst] == pytest.approx(clocks)
         assert found.mean(10) == pytest.approx(0.9 * clocks[0] + 0.1 * clocks[1])
 
@@ -122,10 +123,23 @@ def test_what_is_fitted_is_found_again():
     assert costs._fitted(costs._work_of_step, seconds) == pytest.approx(known)
 
 
-def test_an_update_on_a_gpu_takes_the_products_of_its_iterations():
+def test_pieces_that_are_copied_are_those_of_the_library():
+    """Those of the first of some ranks, in one round; a matrix with rows and blocks that do not divide evenly."""
+    for ranks, rows, columns, limit in [(3, 130, 64, 48), (4, 33, 100, 10), (16, 64, 50, 20)]:
+        team = costs.OneOfMany(ranks)
+        unit = team.unit(rows, columns, limit)
+        routes = [team._routes([unit], of) for of in (team._in_my_rows, team._of_my_blocks)]
+        pieces = [piece.place.numbers for parts in routes for part in parts for _, piece in part]
+        own = Spread([(rows, columns)], "whole", ranks, limit=limit)
+        assert own.pieces[0, 0] == 2 * len(pieces)
+        assert own.copied[0, 0] == 2 * sum(pieces)
+
+
+def test_an_update_on_a_gpu_takes_the_products_of_its_iterations(monkeypatch):
     """16 to read a statistic, 28 for a root, one for the new statistic; and sums that are counted as products."""
     assert 45 <= costs.products_of_update(2) < 47
-    of, _ = costs.assumed(2, 4, 2, flops=2e3, bandwidth=1e30, each_round=0.0)
+    monkeypatch.setattr(costs, "of_host", lambda rounds: (Host(0.0, 0.0, 0.0), 0.0))
+    of, _ = costs.assumed(2, 4, 2, flops=2e3, bandwidth=1e30, rounds=1)
     assert of.of_ordinary(10, 20) == pytest.approx(10 * 20 * 30 / 1e3)
     assert of.of_update(10, 10) == pytest.approx(2 * costs.products_of_update(2), rel=1e-6)
 
@@ -144,11 +158,12 @@ def test_a_plan_counts_what_training_sends_itself():
 
 def test_what_limits_is_memory_then_what_takes_longest():
     """A model of 7B on 16 GPUs; copies of HSDP grow until they fit."""
-    nothing = (0.0, 0.0, 0.0)
+    nothing, host = (0.0, 0.0, 0.0), Host(1.0, 0.0, 0.0)
     of = {
-        "network": Costs("", nothing, nothing, 0.0, 1.0),
-        "update": Costs("", nothing, (1.0, 0.0, 0.0), 0.0, 1.0),
-        "ordinary": Costs("", (1.0, 0.0, 0.0), nothing, 0.0, 1.0),
+        "host": Costs("", nothing, nothing, 0.0, 0.0, Host(1.0, 1e12, 0.0)),
+        "network": Costs("", nothing, nothing, 0.0, 0.0, host),
+        "update": Costs("", nothing, (1.0, 0.0, 0.0), 0.0, 0.0, host),
+        "ordinary": Costs("", (1.0, 0.0, 0.0), nothing, 0.0, 0.0, host),
     }
     shapes = MODELS["llama2-7b"]()
     room = arguments(gpus=[16])
@@ -168,3 +183,9 @@ def test_what_limits_is_memory_then_what_takes_longest():
 def test_the_first_rank_has_most_rows():
     assert spread.numbers_on_first([(10, 3), (2, 5), (7,)], 4) == 3 * 3 + 1 * 5 + 2
     assert spread.numbers_on_first([(10, 3)], 1) == prod((10, 3))
+
+
+def test_the_hosts_costs_are_of_steps_that_are_taken():
+    host, copied = costs.of_host(1)
+    assert min(host.each_round, host.each_owner) > 0
+    assert np.isfinite([host.each_piece, copied]).all()

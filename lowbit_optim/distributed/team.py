@@ -82,6 +82,8 @@ class Team:
             cost, together[parameter] = cut.rows**3 + cut.columns**3, 1 if divisible else cut.count
             asked.append((parameter, cut.count // together[parameter], cost * together[parameter]))
         self.placement.place(asked)
+        if divisible:
+            return {p: self.placement[p] for p in together}
         return {p: tuple((a * n, b * n) for a, b in self.placement[p]) for p, n in together.items()}
 
     def own(self, unit: Unit) -> Run:

@@ -8,6 +8,7 @@ What is preconditioned as one matrix is a unit: a parameter, or a layer's weight
 unit's state is that of its first parameter.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -124,10 +125,11 @@ class KroneckerPreconditioner(ABC):
         self.workspace = Workspace()
         self.team: Team | None = None
         self._runs: dict[Tensor, Runs] = {}
+        self.placed = 0  # tells who owns which blocks; to look at all ranks of all units in every step takes long
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # What an older version did not have.
-        vars(self).update({"workspace": Workspace(), "team": None, "_runs": {}, **state})
+        vars(self).update({"workspace": Workspace(), "team": None, "_runs": {}, "placed": 0, **state})
 
     @abstractmethod
     def statistics(self, part: Bucket, start: int, stop: int, gradient: Tensor, magnitude: Tensor) -> Statistics:
@@ -273,7 +275,7 @@ class KroneckerPreconditioner(ABC):
         """Say who owns which blocks; where a team shares them, all ranks must call it together."""
         if self.team is None:
             return
-        self._runs = {}
+        before, self._runs = list(self._runs.values()), {}
         for preconditioned in (True, False):  # those that may be one day after those that are
             units = {}
             for group in groups:
@@ -283,6 +285,9 @@ class KroneckerPreconditioner(ABC):
                         if cuts[self.team.rank] is not None:
                             units[parameter] = cuts
             self._runs |= self.team.place(units, divisible=self.divisible)
+        runs = list(self._runs.values())
+        if runs != before:
+            self.placed = zlib.crc32(repr(runs).encode())
 
     def cuts(self, parameter: Tensor, group: Group) -> list[Blocking | None]:
         """How the unit that begins with a parameter is cut on each rank of the team."""
@@ -292,11 +297,6 @@ class KroneckerPreconditioner(ABC):
     def runs(self, parameter: Tensor) -> Runs:
         """Which blocks of a parameter's unit each rank of the team owns."""
         return self._runs[parameter]
-
-    @property
-    def placed(self) -> list[Runs]:
-        """Of all units in their order."""
-        return list(self._runs.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # teams and their placements are the optimizer's
