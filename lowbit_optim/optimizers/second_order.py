@@ -30,6 +30,7 @@ from lowbit_optim.optimizers.state import (
     check_base_part,
     check_groups,
     check_moments,
+    check_shards,
     check_tensors,
     given_back,
     home,
@@ -504,6 +505,7 @@ class SecondOrder(Optimizer):
         group = {**group, "precondition": group["precondition"] or "left.failures" in own}
         expected = self.preconditioner.layout(parameter, group)
         name = where(index, parameter)
+        check_shards(name, own, expected)
         if own.keys() != expected.keys():
             wrong = ", ".join(sorted(own.keys() ^ expected.keys()))
             raise ValueError(

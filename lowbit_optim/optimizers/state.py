@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
+
 BASE = "base."
 
 LISTED_TWICE = (
@@ -77,7 +79,20 @@ def check_moments(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None
             raise ValueError(f"{where(index, parameter)}: its {key} in the state dict is {list(moment.shape)}")
 
 
-def check_tensors(name: str, own: Mapping[str, Any], layout: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+def check_shards(name: str, own: Mapping[str, Any], layout: Layout) -> None:
+    """Raise ValueError if factors are of blocks inside the shards of other ranks than the layout's, or of none."""
+    shapes = getattr(own.get("left.failures"), "shape", ()), layout.get("left.failures", ((), None))[0]
+    ranks = [shape[0] if len(shape) == 2 else 0 for shape in shapes]
+    if ranks[0] != ranks[1]:
+        given, wanted = (f"shards='local' on {n} ranks" if n else "whole parameters" for n in ranks)
+        raise ValueError(
+            f"{name}: the factors in the state dict are those of {given}, the optimizer's those of {wanted}. Blocks "
+            "inside shards go with the number of ranks that have them: load them there; or make a new optimizer, whose "
+            "factors start anew, and keep the moments: new.load_base_state_dict(old.base_state_dict())"
+        )
+
+
+def check_tensors(name: str, own: Mapping[str, Any], layout: Layout) -> None:
     """Raise ValueError unless a parameter's state has the tensors of a layout in their shapes and dtypes."""
     for key, (shape, dtype) in layout.items():
         got = own[key]
