@@ -40,7 +40,8 @@ class Mlp(nn.Module):
             x = torch.tanh(layer(x))
         return self.layers[-1](x)
 
-    def inputs(self, seed):
+    @staticmethod
+    def inputs(seed):
         return random(BATCH, 10, seed=seed, dtype=torch.float64)
 
 
@@ -58,7 +59,8 @@ class ConvNet(nn.Module):
             x = torch.relu(layer(x))
         return self.head(self.norm(x).flatten(1))
 
-    def inputs(self, seed):
+    @staticmethod
+    def inputs(seed):
         return random(BATCH, 3, 6, 6, seed=seed, dtype=torch.float64)
 
 
@@ -88,7 +90,8 @@ class Transformer(nn.Module):
             x = layer(x)
         return nn.functional.log_softmax(self.head(x), -1)
 
-    def inputs(self, seed):
+    @staticmethod
+    def inputs(seed):
         return torch.randint(32, (BATCH, 5), generator=torch.Generator().manual_seed(seed))
 
 

@@ -126,10 +126,9 @@ def unused(rank, world, name, where):
     model = Switch().double()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = OPTIMIZERS[name](wrapped, process_group=dist.group.WORLD)
-    mlp = Mlp()
     for step in range(STEPS):
         optimizer.zero_grad()
-        inputs = part(mlp.inputs(step), rank, world).clone()
+        inputs = part(Mlp.inputs(step), rank, world).clone()
         if step % 2 and rank in where:
             inputs[:, 0] = 101
         loss_of(wrapped, inputs).backward()
