@@ -56,7 +56,7 @@ class Share:
     Attributes:
         blocks: that it works on.
         rows, inside, kept: numbers in its rows, in its blocks without what they are filled up with, in both.
-        targets, sources: pieces of blocks in its rows, and of its blocks in the rows of ranks.
+        targets, sources: pieces of blocks in its rows, and of its blocks in the rows of ranks; under "whole".
         runs: as the library has them.
     """
 
@@ -142,16 +142,14 @@ class Spread:
     @property
     def pieces(self) -> Counts:
         """How many a rank copies in each round: to send or work on, and back."""
-        if self.mode == "ddp":  # its own, and then everybody's
-            return self.blocks + self.blocks.sum(1, keepdims=True)
-        return 2 * self._of_rounds(lambda share: share.targets + share.sources)
+        if self.mode == "whole":
+            return 2 * self._of_rounds(lambda share: share.targets + share.sources)
+        return self.blocks + (self.blocks.sum(1, keepdims=True) if self.mode == "ddp" else self.blocks)
 
     @property
     def copied(self) -> Counts:
         """How many numbers they are."""
-        if self.mode == "ddp":
-            return self._of_rounds(lambda share: share.inside + share.rows)
-        return 2 * self._of_rounds(lambda share: share.inside + share.rows)
+        return (2 if self.mode == "whole" else 1) * self._of_rounds(lambda share: share.inside + share.rows)
 
     # ---- what is sent, in bytes ----
 
@@ -224,7 +222,8 @@ def _placed(cut: Blocking, runs: Runs, sharded: bool) -> Share:
 
     inside = of_owners((bottom - top) * width)
     if not sharded:
-        return Share(blocks, np.full(ranks, m * n), inside, inside, counts, counts, runs)
+        nothing = np.zeros(ranks, np.int64)
+        return Share(blocks, np.full(ranks, m * n), inside, inside, nothing, nothing, runs)
     rows = np.array(chunks(cut.shape[0], ranks, m // cut.shape[0]))  # of each rank: the first, the last + 1
     first, last = rows[owner].T
     kept = of_owners(np.maximum(np.minimum(bottom, last) - np.maximum(top, first), 0) * width)
@@ -243,9 +242,9 @@ def _local(cut: Blocking, ranks: int, limit: int) -> Share:
     for own in map(int, np.unique(rows[rows > 0])):
         of_rows = blocking_of((own, n), (own, n), limit)
         blocks.append(Blocks(of_rows.rows, of_rows.columns, (rows == own) * of_rows.count))
-    counts = sum((own.counts for own in blocks), np.zeros(ranks, np.int64))
-    numbers = rows * n
-    return Share(tuple(blocks), numbers, numbers, numbers, counts, counts, runs_of(counts.tolist()))
+    nothing, numbers = np.zeros(ranks, np.int64), rows * n
+    runs = runs_of(sum((own.counts for own in blocks), nothing).tolist())
+    return Share(tuple(blocks), numbers, numbers, numbers, nothing, nothing, runs)
 
 
 # ---- bytes that stay -------------------------------------------------------------------------------------------------

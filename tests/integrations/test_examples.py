@@ -62,7 +62,7 @@ def test_fsdp2_goes_on_with_another_number_of_processes(tmp_path):
 
     All see the same windows, but three add up gradients in another order than two: the last bits of float32 differ, by
     up to 1e-6 in the losses before the next update of the factors, which turns some codes of 2 bits into their
-    neighbours. From there on it is a few times 1e-5; a run whose factors were lost is off by more than 1e-2.
+    neighbours. From there on it is a few times 1e-5. Without the factors of the first half it is 1e-2 at once.
     """
     whole = run(tmp_path, "fsdp2.py", "--steps=24", "--every=1", "--path=whole", processes=2)[1]
     half = run(tmp_path, "fsdp2.py", "--stop=12", "--every=1", processes=2)[1]
