@@ -81,8 +81,9 @@ def check_moments(index: int, parameter: Tensor, own: Mapping[str, Any]) -> None
 
 def check_shards(name: str, own: Mapping[str, Any], layout: Layout) -> None:
     """Raise ValueError if factors are of blocks inside the shards of other ranks than the layout's, or of none."""
-    shapes = getattr(own.get("left.failures"), "shape", ()), layout.get("left.failures", ((), None))[0]
-    ranks = [shape[0] if len(shape) == 2 else 0 for shape in shapes]
+    key = "left.failures"  # a row for each rank where blocks are inside shards
+    wanted_shape = layout[key][0] if key in layout else torch.Size()
+    ranks = [shape[0] if len(shape) == 2 else 0 for shape in (getattr(own.get(key), "shape", ()), wanted_shape)]
     if ranks[0] != ranks[1]:
         given, wanted = (f"shards='local' on {n} ranks" if n else "whole parameters" for n in ranks)
         raise ValueError(
