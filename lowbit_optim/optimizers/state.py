@@ -83,7 +83,8 @@ def check_shards(name: str, own: Mapping[str, Any], layout: Layout) -> None:
     """Raise ValueError if factors are of blocks inside the shards of other ranks than the layout's, or of none."""
     key = "left.failures"  # a row for each rank where blocks are inside shards
     wanted_shape = layout[key][0] if key in layout else torch.Size()
-    ranks = [shape[0] if len(shape) == 2 else 0 for shape in (getattr(own.get(key), "shape", ()), wanted_shape)]
+    shapes: list[Any] = [getattr(own.get(key), "shape", ()), wanted_shape]
+    ranks = [shape[0] if len(shape) == 2 else 0 for shape in shapes]
     if ranks[0] != ranks[1]:
         given, wanted = (f"shards='local' on {n} ranks" if n else "whole parameters" for n in ranks)
         raise ValueError(
