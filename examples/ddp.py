@@ -54,4 +54,5 @@ if rank == 0:
     print("bytes of factors:", ", ".join(f"{size} on rank {i}" for i, (_, size) in enumerate(found)))
     same = all(other == found[0][0] for other, _ in found)
     print("all processes have the same parameters" if same else "the processes' parameters differ")
+dist.barrier()  # nobody leaves while another still waits for its messages
 dist.destroy_process_group()

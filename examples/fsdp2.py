@@ -93,4 +93,5 @@ for step in range(first, last):
             print(f"step {step}: loss {mean.item():.6f}")
 
 dcp.save(state(last), checkpoint_id=args.path)
+dist.barrier()  # nobody leaves while another still waits for its messages
 dist.destroy_process_group()

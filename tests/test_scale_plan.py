@@ -117,6 +117,7 @@ def going(own, i):
 
 
 def test_what_is_fitted_is_found_again():
+    pytest.importorskip("scipy", reason="it fits with scipy, which comes with the extra bench")
     known = (3e-9, 2e-6, 5e-7)
     sizes = [*costs.MEASURED, (64, 32)]
     seconds = {size: float(np.dot(known, costs._work_of_step(*size))) for size in sizes}
