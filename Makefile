@@ -13,12 +13,12 @@ STAMP := $(VENV)/.installed
 MYPY_LINK := build/mypy/lowbit_optim/kernels
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo,docs]'
 	touch $@
 
 demo: $(STAMP)
@@ -40,6 +40,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.recursive_error
+
+# Warnings are errors: a broken link, a missing page, a page that no other leads to.
+docs: $(STAMP)
+	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going docs build/site
+	@echo "build/site/index.html"
 
 # Leaves .venv alone; delete it to have it made anew.
 clean:

@@ -19,7 +19,7 @@ COLUMNS = {
 
 HEAD = """# Conformance
 
-What the optimizers are tested for: tests passed of tests run. Each line is one test function of [tests/](../tests), run
+What the optimizers are tested for: tests passed of tests run. Each line is one test function of `tests/`, run
 over settings of the class, dtypes and options, and "-" says that it does not run over that class. This makes the table
 again:
 

@@ -1,0 +1,38 @@
+"""The documentation site: Sphinx with MyST and furo. `make docs` builds it into build/site."""
+
+import sys
+from importlib.metadata import version as installed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+project = "lowbit-optim"
+author = "The lowbit-optim authors"
+copyright = author
+version = release = installed("lowbit-optim")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "mathml",
+]
+exclude_patterns = ["_ext", "**/README*"]
+suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
+myst_heading_anchors = 4  # links to headings: page.md#what-is-kept
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "lowbit-optim"
+html_math_renderer = "mathml"  # browsers set MathML themselves: no script and no font from elsewhere
+html_show_sphinx = False
+html_copy_source = False
