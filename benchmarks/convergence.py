@@ -80,6 +80,8 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "root-1-slow": {"bits": 1, **ROOT, "shampoo_beta": 0.95},
     "logarithm-2": {"bits": 2, **ROOT, "storage": "logarithm"},
     "logarithm-1": {"bits": 1, **ROOT, "storage": "logarithm"},
+    "spiked-2": {"bits": 2, **ROOT, "storage": "spiked"},
+    "spiked-1": {"bits": 1, **ROOT, "storage": "spiked"},
 }
 CASPRS: dict[str, dict[str, Any]] = {
     "caspr-32": {"bits": 32, "matrix_eps": 1e-6, **EVERY_10},

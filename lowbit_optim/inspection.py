@@ -17,8 +17,7 @@ from lowbit_optim.preconditioners.buckets import SIDES
 
 _PARTS = {"codes", "scales", "scale_maxima", "diagonal", "values"}  # of one matrix or moment
 _SQUARES = {"statistic", "eigenvectors", "cholesky", "root", "logarithm", "basis"}  # matrices of a factor
-_BESIDE = {"rms", "ridge", "eigenvalues", "error"}  # what a dense factor does without
-_STATISTICS = {"statistic", "eigenvalues", "cholesky"}  # of forms that keep the root apart
+_BESIDE = {"rms", "ridge", "eigenvalues", "rest", "error"}  # what a dense factor does without
 
 
 @dataclass
@@ -177,7 +176,7 @@ def _explain_factor(own: list[Row], codec: Mapping[str, Any]) -> None:
     names = set(matrices.values())
     order = next((e.shape[-1] for e in own if _last(e.key) in ("diagonal", "eigenvalues", "statistic") and e.shape), 0)
     # A form with one matrix stands for the statistic and the root, but beside a basis, where nobody asks for a root.
-    alone = not names & (_STATISTICS | {"basis"})
+    alone = "rms" in names and "basis" not in names
     counted = set()
     for entry in own:
         name = matrices[entry.name]

@@ -180,7 +180,7 @@ def test_ranks(sharding):
 def test_kinds():
     parameter = nn.Parameter(torch.zeros(80, 96))
     kinds = {}
-    for storage in ("root", "logarithm", "eigen", "direct", "cholesky-feedback"):
+    for storage in ("root", "logarithm", "spiked", "eigen", "direct", "cholesky-feedback"):
         optimizer = Shampoo([parameter], bits=4, storage=storage)
         optimizer.init_state()
         kinds[storage] = state_bytes(optimizer)
@@ -269,6 +269,7 @@ def test_public_names():
         {"bits": 32},
         {"bits": 4, "root_power": 2},
         {"bits": 2, "storage": "logarithm"},
+        {"bits": 2, "storage": "spiked"},
         {"bits": 4, "stagger": True},
         {"storage": "eigen", "bits": 4},
     ],

@@ -14,7 +14,7 @@ from lowbit_optim.preconditioners.buckets import SIDES
 KINDS = ("statistics", "roots", "bases", "moments", "scales", "counters", "other")
 
 _COUNTERS = {"step", "nonfinite", "updates", "failures", "turns"}
-_SCALES = {"scales", "scale_maxima", "ridge", "previous_norm", "absmax1", "absmax2", "qmap1", "qmap2"}
+_SCALES = {"scales", "scale_maxima", "ridge", "rest", "previous_norm", "absmax1", "absmax2", "qmap1", "qmap2"}
 _OF_OTHERS = {"GG": "statistics", "Q": "bases"}  # SOAP, as its authors and others call them
 # By the first part of a name in a factor's state. What "root" and "logarithm" keep is the statistic as well.
 _OF_A_FACTOR = {

@@ -1,7 +1,8 @@
 """What ``bits`` and ``storage`` mean: from the budget that a user thinks in to the form that a factor is kept in.
 
 ``bits`` counts code bits per element of each stored n x n matrix. A symmetric matrix spends them on one triangle, so at
-bits=4 its codes have 8 bits; eigenvectors are a full square and have codes of ``bits`` bits.
+bits=4 its codes have 8 bits; eigenvectors are a full square and have codes of ``bits`` bits. A spiked matrix spends
+fewer than 4 on fewer eigenvectors of 4-bit codes.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from lowbit_optim.storage.cholesky import Cholesky
 from lowbit_optim.storage.eigen import Eigen, Reflectors, Rows
 from lowbit_optim.storage.factors import Dense, Direct, Factor
 from lowbit_optim.storage.root import Logarithm, Root
+from lowbit_optim.storage.spiked import Spiked
 from lowbit_optim.storage.symmetric import Symmetric
 
 _FORMS: dict[str, type[Factor]] = {
@@ -24,6 +26,7 @@ _FORMS: dict[str, type[Factor]] = {
     "cholesky-feedback": Cholesky,
     "root": Root,
     "logarithm": Logarithm,
+    "spiked": Spiked,
 }
 STORAGES = tuple(_FORMS)
 ONE_PERIOD = tuple(name for name, kind in _FORMS.items() if kind.one_period)  # statistic and root are one
@@ -45,6 +48,7 @@ _SQUARE: dict[float, Codec] = {
     3: Quantization(3, "nf", 64, double=True, scale="fitted"),
 }
 BITS = (32, *_TRIANGLE)
+_SPIKES = _SQUARE[4]  # of a spiked matrix under 4 bits, which has bits / 4 of its eigenvectors
 
 # beta where None is given, if not 0.95. Each update rounds the average again, and that has to be forgotten, too.
 _DECAY: dict[float, float] = {1: 0.8}
@@ -103,9 +107,9 @@ def form(
         raise ValueError(
             f"storage 'eigen' cannot keep eigenvectors in {bits} bits: give bits=3 or more, or storage='root'"
         )
-    if layout == "square" and storage.startswith(("reflector", "cholesky")):
+    if layout == "square" and storage.startswith(("reflector", "cholesky", "spiked")):
         raise ValueError(
-            f"storage {storage!r} keeps triangles only: leave layout='square' out, or take storage='eigen'"
+            f"storage {storage!r} keeps no squares: leave layout='square' out, or take storage='eigen'"
         )
     if decay is None:
         decay = _DECAY.get(bits, 0.95) if quantized and not quantization else 0.95
@@ -128,5 +132,9 @@ def form(
         return Eigen(vectors=Reflectors(triangle), codec=symmetric, iterations=orthogonal_iterations, **none, **shared)
     if storage.startswith("cholesky"):
         return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)
+    if storage == "spiked" and quantized:
+        return Spiked(vectors=quantization or (_SQUARE[bits] if bits >= 4 else _SPIKES), share=min(1.0, bits / 4), **shared)
+    if storage == "spiked":  # a small matrix is kept whole, and takes least as a triangle
+        storage = "root"
     one_matrix: Any = _FORMS[storage]
     return one_matrix(codec=symmetric, **shared)
