@@ -111,7 +111,8 @@ def test_updates_against_the_oracle(storage, bits, route):
         limit += 2e-3  # the clamp of products is soft; what it adds to the first averages fades
     assert error < limit if limit < MEANINGLESS else math.isfinite(error)
     trace = float(factor.statistic(state, torch.float64).diagonal(dim1=1, dim2=2).sum())
-    exact = storage in ("dense", "direct", "root", "logarithm", "spiked")  # by an exact diagonal, or a trace that is kept
+    # By an exact diagonal, or a trace that is kept.
+    exact = storage in ("dense", "direct", "root", "logarithm", "spiked")
     assert trace == pytest.approx(np.trace(averages[-1]), rel=1e-3 if exact else 0.3)
     assert state["failures"].item() == 0
 

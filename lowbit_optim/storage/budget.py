@@ -108,9 +108,7 @@ def form(
             f"storage 'eigen' cannot keep eigenvectors in {bits} bits: give bits=3 or more, or storage='root'"
         )
     if layout == "square" and storage.startswith(("reflector", "cholesky", "spiked")):
-        raise ValueError(
-            f"storage {storage!r} keeps no squares: leave layout='square' out, or take storage='eigen'"
-        )
+        raise ValueError(f"storage {storage!r} keeps no squares: leave layout='square' out, or take storage='eigen'")
     if decay is None:
         decay = _DECAY.get(bits, 0.95) if quantized and not quantization else 0.95
     shared["decay"] = decay
@@ -133,7 +131,8 @@ def form(
     if storage.startswith("cholesky"):
         return Cholesky(codec=Symmetric(triangle), feedback=storage == "cholesky-feedback", **shared)
     if storage == "spiked" and quantized:
-        return Spiked(vectors=quantization or (_SQUARE[bits] if bits >= 4 else _SPIKES), share=min(1.0, bits / 4), **shared)
+        vectors = quantization or (_SQUARE[bits] if bits >= 4 else _SPIKES)
+        return Spiked(vectors=vectors, share=min(1.0, bits / 4), **shared)
     if storage == "spiked":  # a small matrix is kept whole, and takes least as a triangle
         storage = "root"
     one_matrix: Any = _FORMS[storage]

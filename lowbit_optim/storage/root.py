@@ -31,7 +31,7 @@ _LARGEST_SCALE = 1e30
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(Factor):
-    """What forms share that keep one thing for the statistic and its root: that of A / r^2, with r^2 = tr(A) / n, and r.
+    """What forms share that keep one thing for statistic and root: that of A / r^2 with r^2 = tr(A) / n, and r.
 
     What is kept is then near 1 at any scale of the gradient, and reading A back to its known trace keeps what coding
     does to it from compounding through the average. A ridge that is added ("relative", "absolute") is kept, too, and
