@@ -242,6 +242,16 @@ class KFAC(SecondOrder):
         ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's;
             model, sharing or grad_scale in a param group.
         TypeError: no model; a keyword that neither K-FAC nor its base knows.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import KFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+        >>> optimizer = KFAC(model.parameters(), lr=1e-3, model=model, statistics_frequency=10)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.treatments()["0.weight"]
+        'KFAC: 64 x 65, root, 2 bits'
     """
 
     preconditioner: KFACPreconditioner
@@ -311,6 +321,17 @@ class KFAC(SecondOrder):
         Raises:
             ValueError: the model has no supported layer, a parameter of the optimizer is not the model's, or
                 ``grad_scale`` was given to the constructor and is not now.
+
+        Example:
+            >>> import copy
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> model, optimizer = copy.deepcopy((model, optimizer))
+            >>> optimizer.attach(model)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
         """
         if self._scales_loss and grad_scale is None:
             raise ValueError("this optimizer was made with grad_scale: give attach one too")
@@ -321,10 +342,37 @@ class KFAC(SecondOrder):
         self._prepare()
 
     def close(self) -> None:
-        """Remove the hooks from the model; what is left can be saved, but not step."""
+        """Remove the hooks from the model; what is left can be saved, but not step.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> optimizer.close()
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            Traceback (most recent call last):
+                ...
+            RuntimeError: a copied, unpickled or closed optimizer has no hooks: call attach(model)
+        """
         self.preconditioner.close()
 
     def add_param_group(self, param_group: Group) -> None:
+        """Add a group, of parameters of the model; every keyword but model, sharing and grad_scale may be set in it.
+
+        Raises:
+            ValueError: a parameter that is not the model's, one of these three keywords, and as for :class:`Shampoo`.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+            >>> optimizer = KFAC(model[0].parameters(), lr=1e-3, model=model)
+            >>> optimizer.add_param_group({"params": model[1].parameters(), "damping": 0.01})
+            >>> [group["damping"] for group in optimizer.param_groups]
+            [0.1, 0.01]
+        """
         if alien := param_group.keys() & OF_THE_WHOLE:
             raise ValueError(
                 f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
@@ -359,7 +407,21 @@ class KFAC(SecondOrder):
         return super().__getstate__() | {"_model": _none, "_scales_loss": self._scales_loss}
 
     def treatments(self) -> dict[str, str]:
-        """How each parameter of the model is treated, by its name there."""
+        """How each parameter of the model is treated, by its name there.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> for name, treatment in optimizer.treatments().items():
+            ...     print(name, "->", treatment)
+            ...
+            1.weight -> no layer that has Kronecker factors
+            1.bias -> no layer that has Kronecker factors
+            0.weight -> KFAC: 64 x 65, root, 2 bits
+            0.bias -> a column of the weight
+        """
         self._prepare()
         treated = self._treatments()
         treatments = dict(self.preconditioner.others)
@@ -381,5 +443,17 @@ class KFAC(SecondOrder):
         return treated
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any torch optimizer; what the hooks have collected for the coming step is dropped, too.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.zero_grad()
+            >>> model[0].weight.grad is None
+            True
+        """
         super().zero_grad(set_to_none)
         self.preconditioner.clear()

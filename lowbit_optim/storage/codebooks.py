@@ -80,6 +80,7 @@ _TABLES: dict[str, Callable[[int], list[float]]] = {
     "nf": _normal_float,
     "lloyd-max": _lloyd_max,
 }
+#: The names of all tables.
 CODEBOOKS = tuple(_TABLES)
 
 
@@ -102,6 +103,12 @@ def codebook(name: str, bits: int) -> Tensor:
 
     Raises:
         ValueError: an unknown name or number of bits.
+
+    Example:
+        >>> from lowbit_optim.storage import codebook
+        >>> codebook("linear", 3)
+        tensor([-1.0000, -0.6667, -0.3333,  0.0000,  0.3333,  0.6667,  1.0000,  1.0000],
+               dtype=torch.float64)
     """
     return torch.tensor(_values(name, bits), dtype=torch.float64, device="cpu")
 
