@@ -1,10 +1,4 @@
-"""Low-bit storage of tensors and of Kronecker factors. It knows no optimizer.
-
-Example:
-    >>> from lowbit_optim.storage import CODEBOOKS
-    >>> CODEBOOKS
-    ('linear', 'linear-2', 'dynamic', 'nf', 'lloyd-max')
-"""
+"""Low-bit storage of tensors and of Kronecker factors. It knows no optimizer."""
 
 from lowbit_optim.storage.blockwise import Quantization, decode_tensor, encode_tensor
 from lowbit_optim.storage.codebooks import CODEBOOKS, codebook

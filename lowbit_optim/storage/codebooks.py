@@ -5,6 +5,11 @@ is replaced by the nearest value. Every table is defined in float64 and rounded 
 
 Tables padded at the end repeat their last value, so that every bit pattern decodes to something; nearest-value
 rounding never chooses a repeated one.
+
+Example:
+    >>> from lowbit_optim.storage import CODEBOOKS
+    >>> CODEBOOKS
+    ('linear', 'linear-2', 'dynamic', 'nf', 'lloyd-max')
 """
 
 import itertools

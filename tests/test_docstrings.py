@@ -1,0 +1,86 @@
+"""Every public name has a docstring and an example, examples print what they say, and the reference has all names."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx", reason="docs/_ext is an extension of Sphinx, which only the extra `docs` installs")
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("public", ROOT / "docs/_ext/public.py")
+assert _spec is not None
+assert _spec.loader is not None
+sys.modules["public"] = public = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(public)
+
+
+def test_every_public_name_has_a_docstring_and_an_example():
+    assert [problem for one in public.public().values() for problem in one.lacks()] == []
+
+
+def test_every_example_prints_what_it_says():
+    assert [*public.failures()] == []
+
+
+def test_every_name_of_the_package_is_public():
+    import lowbit_optim
+
+    names = public.public()
+    assert {f"lowbit_optim.{name}" for name in lowbit_optim.__all__} <= names.keys()
+    assert {"lowbit_optim.KFAC.attach", "lowbit_optim.presets.WANG2024"} <= names.keys()
+    assert not [name for name in names if re.search(r"\._", name)]
+
+
+def undocumented(x):
+    return x
+
+
+def without_example(x):
+    """It has nothing to show."""
+    return x
+
+
+def with_example(x):
+    """It has something to show.
+
+    >>> with_example(1)
+    2
+    """
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (undocumented, "f has no docstring"),
+        (without_example, "f has no example (>>>) in its docstring"),
+        (with_example, None),
+    ],
+)
+def test_a_name_that_lacks_something_is_named(function, said):
+    assert [*public.Public("f", function, sys.modules[__name__]).lacks()] == ([said] if said else [])
+
+
+def test_a_constant_without_a_comment_is_named():
+    module = sys.modules["lowbit_optim.presets"]
+    assert [*public.Public("lowbit_optim.presets.math", 3, module).lacks()] == [
+        "lowbit_optim.presets.math has no docstring"
+    ]
+
+
+def test_an_example_that_prints_something_else_is_named(monkeypatch):
+    monkeypatch.setattr(public, "_all_modules", lambda: [sys.modules[__name__]])
+    (said,) = public.failures()
+    assert f"{__name__}.with_example does not print what it says" in said
+    assert "Expected:\n    2\nGot:\n    1" in said
+
+
+def test_a_name_that_is_in_no_page_is_named():
+    everything = {*public.public()}
+    assert [*public.missing(everything)] == []
+    assert [*public.missing(everything - {"lowbit_optim.Shampoo"})] == [
+        "lowbit_optim.Shampoo is in no page of docs/reference"
+    ]
