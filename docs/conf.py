@@ -30,6 +30,7 @@ myst_heading_anchors = 4  # links to headings: page.md#what-is-kept
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
+smartquotes = False  # "root" is a string to type
 python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

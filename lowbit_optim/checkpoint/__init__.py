@@ -9,7 +9,8 @@ In a process group each rank writes the rows that it has into files of its own, 
 
 Every save writes files of fresh names, and replacing checkpoint.json is the commit. Plain JSON turns integer keys into
 strings and tuples into lists (after which MultiStepLR never decays again), so what JSON lacks is tagged: `{"$tuple":
-[1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is specified in docs/checkpoints.md.
+[1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is that of
+docs/reference/checkpoint-format.md.
 """
 
 import contextlib

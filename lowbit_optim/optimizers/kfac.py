@@ -226,7 +226,7 @@ class KFAC(SecondOrder):
         damping_rule: "relative": lambda times the largest eigenvalue of the factor. "absolute": pi sqrt(lambda) for R
             and sqrt(lambda) / pi for L, pi^2 the quotient of their mean eigenvalues (Martens and Grosse 2015). Default
             "relative".
-        root_power: p. Default 1.
+        root_power: p of the exponent -1/p. Default 1.
         sharing: what the positions of a sequence or image are. "expand": rows of their own. "reduce": inputs are
             averaged and gradients summed over them. Default "expand".
         grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.

@@ -73,7 +73,7 @@ class Shampoo(SecondOrder):
             with the first statistic that is not zero.
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A),
             so that one spike does not own A (not with an initial_scale). Default 4.
-        root_power: p. Default 4.
+        root_power: p of the exponent -1/p. Default 4.
         rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.
         graft: give the preconditioned gradient the norm of the gradient. Default True.
