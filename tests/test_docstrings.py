@@ -1,20 +1,13 @@
 """Every public name has a docstring and an example, examples print what they say, and the reference has all names."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("sphinx", reason="docs/_ext is an extension of Sphinx, which only the extra `docs` installs")
+from tests.extensions import extension
 
-ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("public", ROOT / "docs/_ext/public.py")
-assert _spec is not None
-assert _spec.loader is not None
-sys.modules["public"] = public = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(public)
+public = extension("public")
 
 
 def test_every_public_name_has_a_docstring_and_an_example():

@@ -103,7 +103,9 @@ def _members(kind: type, place: str) -> Iterator[Public]:
     owner = importlib.import_module(kind.__module__)
     for name, value in vars(kind).items():
         hidden = name.startswith("_") or any(name in INTERNAL.get(base.__name__, ()) for base in kind.__mro__)
-        if not hidden and (inspect.isfunction(value) or isinstance(value, property)):
+        # torch puts a wrapped step of a base class into each class that an optimizer is made of.
+        own = inspect.isfunction(value) and value.__qualname__ == f"{kind.__qualname__}.{name}"
+        if not hidden and (own or isinstance(value, property)):
             yield Public(f"{place}.{name}", value, owner)
 
 
