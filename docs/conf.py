@@ -21,6 +21,7 @@ extensions = [
     "mathml",
     "public",
     "states",
+    "commands",
 ]
 exclude_patterns = ["_ext", "**/README*"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds

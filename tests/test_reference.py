@@ -51,3 +51,37 @@ def test_right_has_the_names_of_left(shown):
         sides = ({k.partition(".")[2] for k in state if k.startswith(side)} for side in ("left.", "right."))
         left, right = sides
         assert left == right
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+commands = extension("commands")
+COMMANDS = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^(?:```\{shell\} )?(lowbit-optim .+)$", COMMANDS, re.MULTILINE)
+
+
+def test_every_command_is_there_with_an_example():
+    shown = re.findall(r"^```\{command\} (.+)$", COMMANDS, re.MULTILINE)
+    assert sorted(shown) == sorted(commands.parsers())
+    assert {line.split()[1] for line in EXAMPLES} == {*shown}
+
+
+def test_every_option_has_a_meaning():
+    options = {name: dict(commands.options_of(parser)) for name, parser in commands.parsers().items()}
+    assert all(said != "None" for own in options.values() for said in own.values())
+    assert options["estimate"]["--budget BUDGET"].startswith("of each process")
+    assert options["convert"]["--bits BITS"].endswith("(required)")
+    assert "--verify" in options["inspect"]
+
+
+@pytest.mark.parametrize("line", [line for line in EXAMPLES if "demo" not in line])
+def test_examples_of_the_command_line_run(line):
+    code, printed = commands.output(line)
+    assert code == 0, printed
+    assert printed
+
+
+def test_an_example_that_fails_says_so():
+    code, printed = commands.output("lowbit-optim inspect nowhere")
+    assert code == 2
+    assert "lowbit-optim: error: nowhere" in printed
