@@ -10,6 +10,7 @@ import inspect
 import io
 import logging
 import pkgutil
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -61,6 +62,16 @@ class Public(NamedTuple):
             yield f"{self.name} has no docstring"
         elif not self.examples and not isinstance(self.value, property):  # whose class has one
             yield f"{self.name} has no example (>>>) in its docstring"
+        said = self.doc.partition("Example:")[0]
+        for name in self._parameters():
+            if not re.search(rf"\b{name}\b", said) and "**keywords: as" not in said:
+                yield f"{self.name} does not say what {name} is"
+
+    def _parameters(self) -> list[str]:
+        """The names of what is to be given to it."""
+        if not callable(self.value) or (inspect.isclass(self.value) and issubclass(self.value, Exception)):
+            return []
+        return [name for name in inspect.signature(self.value).parameters if name != "self"]
 
 
 def public() -> dict[str, Public]:

@@ -78,6 +78,9 @@ class FirstOrder(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; ``bits`` and every other keyword may be set in it.
 
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
         Raises:
             ValueError: bits that a moment cannot have, an option that moments in codes do not have, or a parameter
                 that is there already; the optimizer is left as it was.
@@ -366,6 +369,9 @@ class FirstOrder(Optimizer):
         That of torch's optimizer of the same name is taken too: its moments become codes where this one has codes. For
         a parameter that is a DTensor, moments are DTensors placed as it is, or whole tensors, of which every process
         takes its rows.
+
+        Args:
+            state_dict: of an optimizer of this class, or of torch's of the same name, with the same groups.
 
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.

@@ -216,9 +216,9 @@ class KFAC(SecondOrder):
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
         base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
             :class:`SGD` or :class:`Adagrad` of this library). Default 32.
-        bits, storage, quantization, layout, precondition, min_quant_size, start_preconditioning_step, statistic_limit,
-            rectify_update, rectify_root, graft, apply_dtype, workspace: as for :class:`Shampoo`; rectifications default
-            to 0.
+        bits, storage, quantization, layout, precondition, min_quant_size: as for :class:`Shampoo`.
+        start_preconditioning_step, statistic_limit, graft, apply_dtype, workspace: as for :class:`Shampoo`.
+        rectify_update, rectify_root: as for :class:`Shampoo`. Default 0, 0.
         statistics_frequency: steps between statistics updates (T1). Default 200.
         precondition_frequency: steps between root updates (T2) of storages with two periods. Default None: 2000.
         factor_decay: decay of the statistics. Default 0.9.
@@ -361,6 +361,9 @@ class KFAC(SecondOrder):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, of parameters of the model; every keyword but model, sharing and grad_scale may be set in it.
 
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
         Raises:
             ValueError: a parameter that is not the model's, one of these three keywords, and as for :class:`Shampoo`.
 
@@ -444,6 +447,9 @@ class KFAC(SecondOrder):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any torch optimizer; what the hooks have collected for the coming step is dropped, too.
+
+        Args:
+            set_to_none: gradients become None instead of zeros. Default True.
 
         Example:
             >>> import torch

@@ -88,6 +88,9 @@ class SecondOrder(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; every keyword of the constructor may be set in it.
 
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
         Raises:
             ValueError: a setting or a combination of settings that cannot be, or a parameter that is there already;
                 the optimizer is left as it was.
@@ -392,6 +395,10 @@ class SecondOrder(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict exactly: every tensor keeps its dtype and goes to its parameter's device.
+
+        Args:
+            state_dict: of an optimizer of this class with the same groups of parameters. In a process group every rank
+                must call this.
 
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.

@@ -81,7 +81,11 @@ class Quantization:
         return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
 
     def encode_symmetric(self, x: Tensor, layout: str) -> Parts:
-        """Quantize what is off the diagonal of floating [k, n, n], finite; ``layout`` is one of ``Symmetric``'s.
+        """Quantize what is off the diagonal of symmetric matrices.
+
+        Args:
+            x: floating [k, n, n], finite.
+            layout: "triangle" or "square", as of ``Symmetric``.
 
         Returns:
             The parts that ``encode`` makes of rows [k, n (n - 1) / 2] ("triangle") or [k, n, n] ("square").
@@ -99,7 +103,15 @@ class Quantization:
         return self._named(kernels.quantize_symmetric(x, *self._how(x), layout))
 
     def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32, float64 or bfloat16).
+        """The numbers that ``encode`` kept.
+
+        Args:
+            parts: what ``encode`` returned.
+            n: numbers in a row, which packed codes do not tell.
+            dtype: float32, float64 or bfloat16. Default float32.
+
+        Returns:
+            [..., n] in ``dtype``.
 
         Example:
             >>> import torch
@@ -116,7 +128,17 @@ class Quantization:
     def decode_symmetric(
         self, parts: Parts, diagonal: Tensor, layout: str, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """What ``encode_symmetric`` kept, with this diagonal [k, n]: [k, n, n] in ``dtype``, into ``out`` if given.
+        """The matrices that ``encode_symmetric`` kept the rest of.
+
+        Args:
+            parts: what ``encode_symmetric`` returned.
+            diagonal: [k, n].
+            layout: that they were encoded in.
+            dtype: float32, float64 or bfloat16.
+            out: [k, n, n] in ``dtype``, to be written and returned instead of a new tensor. Default None.
+
+        Returns:
+            [k, n, n] in ``dtype``.
 
         Example:
             >>> import torch
@@ -136,6 +158,9 @@ class Quantization:
         """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``.
 
         It is that of numbers spread evenly over the cells of their codes.
+
+        Args:
+            parts, n, dtype: as for ``decode``; dtype float32 or float64.
 
         Example:
             >>> import torch
@@ -170,7 +195,11 @@ class Quantization:
         return codes, scales, maxima
 
     def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Parts:
-        """The parts of zeros of ``shape`` (a zero scale decodes to zeros whatever the codes are).
+        """The parts of zeros (a zero scale decodes to zeros whatever the codes are).
+
+        Args:
+            shape: of the numbers, [..., n].
+            device: of the parts. Default the CPU.
 
         Example:
             >>> from lowbit_optim import Quantization
@@ -236,6 +265,13 @@ def encode_tensor(x: Tensor, codec: Codec) -> Parts:
 
     Rows under 32 numbers, and so every 1-D tensor, stay in at least float32, whatever the codec is.
 
+    Args:
+        x: floating, of any shape, finite.
+        codec: a ``Quantization``; a dtype to round to; None for at least float32.
+
+    Returns:
+        The parts of ``Quantization.encode``, or "values" in the dtype; two-dimensional, with a row for each row.
+
     Example:
         >>> import torch
         >>> from lowbit_optim.storage import Quantization, encode_tensor
@@ -248,7 +284,16 @@ def encode_tensor(x: Tensor, codec: Codec) -> Parts:
 
 
 def decode_tensor(parts: Parts, codec: Codec, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of ``encode_tensor`` for a tensor of ``shape``, in ``dtype`` (float32 or float64).
+    """The tensor that ``encode_tensor`` kept.
+
+    Args:
+        parts: what ``encode_tensor`` returned.
+        codec: that it was given.
+        shape: of the tensor.
+        dtype: float32 or float64. Default float32.
+
+    Returns:
+        The numbers, of ``shape`` in ``dtype``.
 
     Example:
         >>> import torch

@@ -76,6 +76,7 @@ class Symmetric:
         """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32, float64 or bfloat16).
 
         Args:
+            parts: what ``encode`` returned.
             out: [k, n, n] in ``dtype``, to be written and returned instead of a new tensor. Default None.
 
         Example:
@@ -97,6 +98,9 @@ class Symmetric:
     def rounding_error(self, parts: Parts) -> Tensor:
         """How far ``decode`` is off, estimated: the error's Frobenius norm relative to that of the matrix, [k].
 
+        Args:
+            parts: what ``encode`` returned.
+
         Example:
             >>> import torch
             >>> from lowbit_optim.storage import Quantization, Symmetric
@@ -112,7 +116,12 @@ class Symmetric:
         return error / torch.where(whole > 0, whole, 1.0)
 
     def identity(self, k: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:
-        """The parts of k identity matrices of order n; ``dtype`` is what ``encode`` would be given.
+        """The parts of k identity matrices of order n.
+
+        Args:
+            k, n: how many, and their order.
+            dtype: what ``encode`` would be given.
+            device: of the parts. Default the CPU.
 
         Example:
             >>> import torch
