@@ -60,7 +60,8 @@ class Public(NamedTuple):
     def lacks(self) -> Iterator[str]:
         if not self.doc.strip():
             yield f"{self.name} has no docstring"
-        elif not self.examples and not isinstance(self.value, property):  # whose class has one
+            return
+        if not self.examples and not isinstance(self.value, property):  # whose class has one
             yield f"{self.name} has no example (>>>) in its docstring"
         said = self.doc.partition("Example:")[0]
         for name in self._parameters():
