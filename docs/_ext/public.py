@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.pycode import ModuleAnalyzer
@@ -171,6 +173,18 @@ def check(app: Sphinx, env: BuildEnvironment) -> None:
         logger.warning("%s", problem, type="public")
 
 
+def also_at_the_top(app: Sphinx, doctree: nodes.document) -> None:
+    """Let every name be found as one of the package itself.
+
+    Of all names that come from one file, viewcode leads back to the module that one of them is documented under.
+    """
+    for signature in doctree.findall(addnodes.desc_signature):
+        alias = f"{PACKAGE}.{signature.get('fullname')}"
+        if signature.get("module") and alias not in signature["ids"]:
+            signature["ids"].append(alias)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("env-check-consistency", check)
+    app.connect("doctree-read", also_at_the_top)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
