@@ -17,6 +17,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "public",
+    "states",
+    "commands",
     "sphinx_copybutton",
     "mathml",
 ]
@@ -26,10 +29,17 @@ suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
 myst_heading_anchors = 4  # links to headings: page.md#what-is-kept
 
-autodoc_typehints = "description"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
+smartquotes_action = "D"  # dashes, but no quotes: "root" is a string to type
+python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # types and defaults are in the signature; "betas, eps: ..." is about both
+napoleon_use_rtype = False
+# Names of Python's and torch's own: links to their sites could not be checked without the network.
+nitpick_ignore_regex = [("py:class", r"(collections|os|torch)\..*|ProcessGroup")]
 
 html_theme = "furo"
 html_title = "lowbit-optim"

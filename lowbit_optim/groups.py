@@ -39,6 +39,17 @@ def param_groups(
     Raises:
         ValueError: ``leave_to_base`` has a name that the model does not have, or of something without parameters; a
             weight decay that is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import param_groups
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 100))
+        >>> for group in param_groups(model, weight_decay=0.05):
+        ...     print([name for name, _ in group["params"]], group["weight_decay"], group["precondition"])
+        ...
+        ['1.weight'] 0.05 True
+        ['0.weight', '2.weight'] 0.05 False
+        ['1.bias', '2.bias'] 0.0 True
     """
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay!r}; it must be at least 0 and finite")

@@ -54,6 +54,14 @@ class Estimate:
         parameters: how many numbers it trains.
         workspace: what the worst step takes beside the state, and gives back: temporaries, and tables that are kept.
         ranks: of the state, on each rank; one number without sharding.
+
+    Example:
+        >>> from lowbit_optim import estimate
+        >>> planned = estimate([(1024, 1024)], "shampoo", bits=2)
+        >>> planned.parameters, planned.state, len(planned.ranks)
+        (1048576, 8937252, 1)
+        >>> planned.peak == max(planned.ranks) + planned.workspace
+        True
     """
 
     kinds: dict[str, int]
@@ -113,6 +121,14 @@ def estimate(
         ValueError: an unknown optimizer or sharding, a world size below 1; a setting that the optimizer refuses.
         TypeError: a keyword that the optimizer does not know; something that is neither a module nor shapes; an
             optimizer of another library whose step does not run on the meta device.
+
+    Example:
+        >>> from lowbit_optim import estimate
+        >>> planned = estimate({"weight": (1024, 1024)}, "shampoo", bits=2, base_bits=4)
+        >>> round(planned.bytes_per_parameter, 2)
+        1.59
+        >>> round(estimate({"weight": (1024, 1024)}, "adamw", bits=32).bytes_per_parameter, 2)
+        8.0
     """
     if sharding not in (None, *SHARDINGS):
         raise ValueError(f"sharding is {sharding!r}; it must be None, {' or '.join(map(repr, SHARDINGS))}")

@@ -9,7 +9,8 @@ In a process group each rank writes the rows that it has into files of its own, 
 
 Every save writes files of fresh names, and replacing checkpoint.json is the commit. Plain JSON turns integer keys into
 strings and tuples into lists (after which MultiStepLR never decays again), so what JSON lacks is tagged: `{"$tuple":
-[1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is specified in docs/checkpoints.md.
+[1, 2]}`. Nothing is pickled, so nothing is executed by loading. The format is that of
+docs/reference/checkpoint-format.md.
 """
 
 import contextlib
@@ -105,6 +106,21 @@ def save_checkpoint(
             is there already, whole, but a power cut may still bring the earlier one back.
         RuntimeError: another rank has ended, or gave no answer within the timeout of the process group; what is there
             is the earlier checkpoint or this one, whole. What a rank raises of all the above, every rank raises.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lowbit_optim import Shampoo, load_checkpoint, save_checkpoint
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = Shampoo(model.parameters())
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saving = save_checkpoint(folder.name, model=model, optimizer=optimizer, step=1000, keep=3, loss=0.25)
+        >>> saving.done()
+        True
+        >>> loaded = load_checkpoint(folder.name, model=model, optimizer=optimizer)
+        >>> loaded["step"], loaded["loss"]
+        (1000, 0.25)
+        >>> folder.cleanup()
     """
     folder = Path(path)
     ranks = Ranks(process_group)
@@ -211,6 +227,21 @@ def load_checkpoint(
         TypeError: a DTensor has placements that a checkpoint cannot hold; nothing has been touched.
         RuntimeError: another rank has ended, or gave no answer within the timeout of the process group, before
             anything was touched; once it was, that is a CheckpointError, too.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lowbit_optim import Shampoo, load_checkpoint, save_checkpoint
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = Shampoo(model.parameters())
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> save_checkpoint(folder.name, model=model, optimizer=optimizer, step=1000).wait()
+        >>> load_checkpoint(folder.name, model=model, optimizer=optimizer)
+        {'step': 1000}
+        >>> report = load_checkpoint(folder.name, model=torch.nn.Linear(64, 10), strict=False)["report"]
+        >>> report["model"]["mismatched"]["weight"]
+        "tensor 'weight' is torch.float32 [64, 64], the live one torch.float32 [10, 64]"
+        >>> folder.cleanup()
     """
     folder = Path(path)
     ranks = Ranks(process_group)

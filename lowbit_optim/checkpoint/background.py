@@ -10,18 +10,46 @@ from pathlib import Path
 
 
 class Saving:
-    """A save that is under way in the background, or done."""
+    """A save that is under way in the background, or done.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from lowbit_optim import save_checkpoint
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> saving = save_checkpoint(folder.name, model=torch.nn.Linear(64, 64), background=True)
+        >>> saving.wait()
+        >>> saving.done()
+        True
+        >>> folder.cleanup()
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, well or not.
+
+        Example:
+            >>> from lowbit_optim.checkpoint import Saving
+            >>> Saving().done()
+            True
+        """
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when it has ended; what it raised is raised here, by the first call."""
+        """Return when it has ended; what it raised is raised here, by the first call.
+
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from lowbit_optim import save_checkpoint
+            >>> folder = tempfile.TemporaryDirectory()
+            >>> saving = save_checkpoint(folder.name, model=torch.nn.Linear(64, 64), background=True)
+            >>> saving.wait()
+            >>> folder.cleanup()
+        """
         self.join()
         error, self._error = self._error, None
         if error is not None:

@@ -20,7 +20,17 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded: the message names the file, the tensor if there is one, and the way out."""
+    """A checkpoint that cannot be loaded: the message names the file, the tensor if there is one, and the way out.
+
+    Example:
+        >>> from lowbit_optim import CheckpointError, load_checkpoint
+        >>> try:
+        ...     load_checkpoint("no/such/folder")
+        ... except CheckpointError as error:
+        ...     print(str(error).partition(" (")[0])
+        ...
+        no/such/folder/checkpoint.json cannot be read
+    """
 
 
 class Entry(NamedTuple):

@@ -22,6 +22,16 @@ class AdaBK(KFAC):
         damping: lambda. Default 0.001.
         root_power: p of the exponent -1/p. Default 2.
         **keywords: as :class:`KFAC`, which says what is raised, too.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import AdaBK
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+        >>> optimizer = AdaBK(model.parameters(), lr=1e-3, model=model, statistics_frequency=10)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.treatments()["0.weight"]
+        'AdaBK: 64 x 65, root, 2 bits'
     """
 
     def __init__(

@@ -33,6 +33,16 @@ class Adagrad(FirstOrder, torch.optim.Adagrad):
 
     Raises:
         ValueError: bits that a moment cannot have, or an option that needs ``bits=32``.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import Adagrad, state_bytes
+        >>> model = torch.nn.Linear(64, 64, bias=False)
+        >>> optimizer = Adagrad(model.parameters(), lr=1e-3, bits=4)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> state_bytes(optimizer)["moments"] / model.weight.numel()
+        0.5
     """
 
     rule: ClassVar[str] = "adagrad"

@@ -54,11 +54,13 @@ class AdamW(FirstOrder, torch.optim.AdamW):
 
     Example:
         >>> import torch
-        >>> from lowbit_optim import AdamW
-        >>> model = torch.nn.Linear(64, 64)
+        >>> from lowbit_optim import AdamW, state_bytes
+        >>> model = torch.nn.Linear(64, 64, bias=False)
         >>> optimizer = AdamW(model.parameters(), lr=1e-3, bits=4)
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> optimizer.step()
+        >>> state_bytes(optimizer)["moments"] / model.weight.numel()
+        1.0
     """
 
     rule: ClassVar[str] = "adamw"

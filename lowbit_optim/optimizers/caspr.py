@@ -45,9 +45,11 @@ class CASPR(Shampoo):
         >>> import torch
         >>> from lowbit_optim import CASPR
         >>> model = torch.nn.Linear(64, 64)
-        >>> optimizer = CASPR(model.parameters(), lr=1e-3, weight_decay=0.05, statistics_frequency=10)
+        >>> optimizer = CASPR(model.named_parameters(), lr=1e-3, weight_decay=0.05, statistics_frequency=10)
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> optimizer.step()
+        >>> optimizer.stats()["weight"]["treatment"]
+        'CASPR: 64 x 64, root, 2 bits'
     """
 
     preconditioner_class = CASPRPreconditioner

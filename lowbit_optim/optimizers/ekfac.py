@@ -125,6 +125,16 @@ class EKFAC(KFAC):
         ValueError: a setting outside its range, two that exclude each other, a model without a supported layer, a
             parameter that is not the model's.
         TypeError: no model; a keyword that neither EKFAC nor its base knows.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import EKFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+        >>> optimizer = EKFAC(model.parameters(), lr=1e-3, model=model, statistics_frequency=10)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.treatments()["0.weight"]
+        'EKFAC: 64 x 65, root, 4 bits'
     """
 
     def __init__(

@@ -78,9 +78,21 @@ class FirstOrder(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; ``bits`` and every other keyword may be set in it.
 
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
         Raises:
             ValueError: bits that a moment cannot have, an option that moments in codes do not have, or a parameter
                 that is there already; the optimizer is left as it was.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> body, head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 10)
+            >>> optimizer = AdamW(body.parameters(), bits=4)
+            >>> optimizer.add_param_group({"params": head.parameters(), "bits": 8})
+            >>> [group["bits"] for group in optimizer.param_groups]
+            [4, 8]
         """
         for key, value in self._keywords.items():
             param_group.setdefault(key, value)
@@ -112,7 +124,15 @@ class FirstOrder(Optimizer):
         return layout
 
     def state_codecs(self) -> dict[int, dict[str, dict[str, Any]]]:
-        """How the coded tensors of ``state_dict()`` are to be read: by index, by moment, the fields of the codec."""
+        """How the coded tensors of ``state_dict()`` are to be read: by index, by moment, the fields of the codec.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> optimizer = AdamW([torch.nn.Parameter(torch.ones(64, 64))], bits=4)
+            >>> optimizer.state_codecs()[0]["exp_avg"]
+            {'codebook': 'signed-4', 'bits': 4, 'block_size': 128}
+        """
         codecs: dict[int, dict[str, dict[str, Any]]] = {}
         for index, (parameter, group) in enumerate(self._parameters()):
             forms = {name: moment_form(parameter, group, kind) for name, kind in self.kept(group).items()}
@@ -178,6 +198,17 @@ class FirstOrder(Optimizer):
                 ours; nothing has changed then.
             ValueError: a group's settings were changed so that its state no longer fits, or a parameter that takes a
                 step of ours is a DTensor cut other than into rows; nothing has changed then.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = AdamW([weight], bits=4)
+            >>> weight.grad = torch.ones_like(weight)
+            >>> weight.grad[0, :3] = float("inf")
+            >>> optimizer.step()
+            >>> int(optimizer.state[weight]["nonfinite"]), bool(weight.isfinite().all())
+            (3, True)
         """
         loss = None
         if closure is not None:
@@ -281,11 +312,44 @@ class FirstOrder(Optimizer):
         """A table of every parameter's shape, how its moments are kept and their bytes, and the bytes by kind.
 
         Parameters that keep moments of 32 bits where fewer are asked for have the reason beside them.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = AdamW(model.named_parameters(), bits=4)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            >>> print(optimizer.report())
+            parameter  shape    moments                            bytes  B/param
+            ---------  -------  ---------------------------------  -----  -------
+            weight     64 x 64  4 bits                             4,620     1.13
+            bias       64       32 bits: fewer than 4096 elements    516     8.06
+            <BLANKLINE>
+            state     bytes  B/param
+            --------  -----  -------
+            moments   4,608    1.108
+            scales      512    0.123
+            counters     16    0.004
+            total     5,136    1.235
         """
         return report(self)
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
+        """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> four, eight = AdamW([weight], bits=4), AdamW([weight], bits=8)
+            >>> try:
+            ...     eight.check_state_dict(four.state_dict())
+            ... except ValueError as error:
+            ...     print(str(error).partition(".")[0])
+            ...
+            the state dict has bits=4; the optimizer has 8
+        """
         check_groups(state_dict, self.param_groups)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             name = "base_bits" if "base_bits" in group else "bits"
@@ -306,8 +370,23 @@ class FirstOrder(Optimizer):
         a parameter that is a DTensor, moments are DTensors placed as it is, or whole tensors, of which every process
         takes its rows.
 
+        Args:
+            state_dict: of an optimizer of this class, or of torch's of the same name, with the same groups.
+
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import AdamW
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> torchs = torch.optim.AdamW([weight])
+            >>> weight.grad = torch.ones_like(weight)
+            >>> torchs.step()
+            >>> optimizer = AdamW([weight], bits=4)
+            >>> optimizer.load_state_dict(torchs.state_dict())
+            >>> optimizer.state[weight]["exp_avg.codes"].dtype
+            torch.uint8
         """
 
         def prepare(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:

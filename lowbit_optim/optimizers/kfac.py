@@ -216,9 +216,9 @@ class KFAC(SecondOrder):
         base: "adamw", "sgd", "adagrad" or a ``torch.optim.Optimizer`` class. Default "adamw".
         base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
             :class:`SGD` or :class:`Adagrad` of this library). Default 32.
-        bits, storage, quantization, layout, precondition, min_quant_size, start_preconditioning_step, statistic_limit,
-            rectify_update, rectify_root, graft, apply_dtype, workspace: as for :class:`Shampoo`; rectifications default
-            to 0.
+        bits, storage, quantization, layout, precondition, min_quant_size: as for :class:`Shampoo`.
+        start_preconditioning_step, statistic_limit, graft, apply_dtype, workspace: as for :class:`Shampoo`.
+        rectify_update, rectify_root: as for :class:`Shampoo`. Default 0, 0.
         statistics_frequency: steps between statistics updates (T1). Default 200.
         precondition_frequency: steps between root updates (T2) of storages with two periods. Default None: 2000.
         factor_decay: decay of the statistics. Default 0.9.
@@ -226,7 +226,7 @@ class KFAC(SecondOrder):
         damping_rule: "relative": lambda times the largest eigenvalue of the factor. "absolute": pi sqrt(lambda) for R
             and sqrt(lambda) / pi for L, pi^2 the quotient of their mean eigenvalues (Martens and Grosse 2015). Default
             "relative".
-        root_power: p. Default 1.
+        root_power: p of the exponent -1/p. Default 1.
         sharing: what the positions of a sequence or image are. "expand": rows of their own. "reduce": inputs are
             averaged and gradients summed over them. Default "expand".
         grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.
@@ -242,6 +242,16 @@ class KFAC(SecondOrder):
         ValueError: a setting outside its range, a model without a supported layer, a parameter that is not the model's;
             model, sharing or grad_scale in a param group.
         TypeError: no model; a keyword that neither K-FAC nor its base knows.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import KFAC
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+        >>> optimizer = KFAC(model.parameters(), lr=1e-3, model=model, statistics_frequency=10)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.treatments()["0.weight"]
+        'KFAC: 64 x 65, root, 2 bits'
     """
 
     preconditioner: KFACPreconditioner
@@ -311,6 +321,17 @@ class KFAC(SecondOrder):
         Raises:
             ValueError: the model has no supported layer, a parameter of the optimizer is not the model's, or
                 ``grad_scale`` was given to the constructor and is not now.
+
+        Example:
+            >>> import copy
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> model, optimizer = copy.deepcopy((model, optimizer))
+            >>> optimizer.attach(model)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
         """
         if self._scales_loss and grad_scale is None:
             raise ValueError("this optimizer was made with grad_scale: give attach one too")
@@ -321,10 +342,40 @@ class KFAC(SecondOrder):
         self._prepare()
 
     def close(self) -> None:
-        """Remove the hooks from the model; what is left can be saved, but not step."""
+        """Remove the hooks from the model; what is left can be saved, but not step.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> optimizer.close()
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            Traceback (most recent call last):
+                ...
+            RuntimeError: a copied, unpickled or closed optimizer has no hooks: call attach(model)
+        """
         self.preconditioner.close()
 
     def add_param_group(self, param_group: Group) -> None:
+        """Add a group, of parameters of the model; every keyword but model, sharing and grad_scale may be set in it.
+
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
+        Raises:
+            ValueError: a parameter that is not the model's, one of these three keywords, and as for :class:`Shampoo`.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+            >>> optimizer = KFAC(model[0].parameters(), lr=1e-3, model=model)
+            >>> optimizer.add_param_group({"params": model[1].parameters(), "damping": 0.01})
+            >>> [group["damping"] for group in optimizer.param_groups]
+            [0.1, 0.01]
+        """
         if alien := param_group.keys() & OF_THE_WHOLE:
             raise ValueError(
                 f"a param group has the key {', '.join(map(repr, sorted(alien)))}, which is a setting of the whole "
@@ -359,7 +410,21 @@ class KFAC(SecondOrder):
         return super().__getstate__() | {"_model": _none, "_scales_loss": self._scales_loss}
 
     def treatments(self) -> dict[str, str]:
-        """How each parameter of the model is treated, by its name there."""
+        """How each parameter of the model is treated, by its name there.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> for name, treatment in optimizer.treatments().items():
+            ...     print(name, "->", treatment)
+            ...
+            1.weight -> no layer that has Kronecker factors
+            1.bias -> no layer that has Kronecker factors
+            0.weight -> KFAC: 64 x 65, root, 2 bits
+            0.bias -> a column of the weight
+        """
         self._prepare()
         treated = self._treatments()
         treatments = dict(self.preconditioner.others)
@@ -381,5 +446,20 @@ class KFAC(SecondOrder):
         return treated
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any torch optimizer; what the hooks have collected for the coming step is dropped, too.
+
+        Args:
+            set_to_none: gradients become None instead of zeros. Default True.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import KFAC
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+            >>> optimizer = KFAC(model.parameters(), model=model)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.zero_grad()
+            >>> model[0].weight.grad is None
+            True
+        """
         super().zero_grad(set_to_none)
         self.preconditioner.clear()

@@ -102,6 +102,17 @@ def state_bytes(optimizer: Optimizer) -> dict[str, int]:
         * "counters": of steps, updates and failures;
         * "other": the rest;
         * "total".
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import state_bytes
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = torch.optim.AdamW([weight])
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> kinds = state_bytes(optimizer)
+        >>> kinds["moments"], kinds["counters"], kinds["total"]
+        (32768, 4, 32772)
     """
     kinds = dict.fromkeys(KINDS, 0)
     for own in bytes_of_each(optimizer).values():
@@ -127,6 +138,24 @@ def report(optimizer: Optimizer, treated: dict[Tensor, str] | None = None) -> st
     Returns:
         Lines of plain text: one for each parameter, then totals by kind. Bytes are those of the state as it is: 0
         before the first step. Those of DTensors, and their bytes for each number, are of what this process has.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim.memory import report
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = torch.optim.AdamW([("weight", weight)])
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> print(report(optimizer))
+        parameter  shape    moments   bytes  B/param
+        ---------  -------  -------  ------  -------
+        weight     64 x 64  32 bits  32,772     8.00
+        <BLANKLINE>
+        state      bytes  B/param
+        --------  ------  -------
+        moments   32,768    8.000
+        counters       4    0.001
+        total     32,772    8.001
     """
     weights = bytes_of_each(optimizer)
     rows = [["parameter", "shape", "preconditioner", "moments", "bytes", "B/param"]]

@@ -88,10 +88,26 @@ class SecondOrder(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; every keyword of the constructor may be set in it.
 
+        Args:
+            param_group: {"params": parameters or (name, parameter) pairs, keyword: value, ...}.
+
         Raises:
             ValueError: a setting or a combination of settings that cannot be, or a parameter that is there already;
                 the optimizer is left as it was.
             TypeError: complex parameters, or a key that looks like a misspelt keyword.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> body, head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 10)
+            >>> optimizer = Shampoo(body.parameters(), lr=1e-3)
+            >>> optimizer.add_param_group({"params": head.parameters(), "lr": 1e-4, "precondition": False})
+            >>> [group["lr"] for group in optimizer.param_groups]
+            [0.001, 0.0001]
+            >>> optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))], "bits": 5})
+            Traceback (most recent call last):
+                ...
+            ValueError: bits is 5; it must be one of 32, 16, 8, 4, 3, 2, 1.5, 1
         """
         if alien := param_group.keys() & set(DISTRIBUTION):
             raise ValueError(
@@ -129,6 +145,16 @@ class SecondOrder(Optimizer):
         Raises:
             TypeError: a sparse gradient; nothing has changed then.
             ValueError: a group's settings were changed so that its state no longer fits; nothing has changed then.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([weight], lr=0.5, base="sgd", statistics_frequency=1)
+            >>> weight.grad = torch.eye(64)
+            >>> optimizer.step()
+            >>> weight.detach()[0, :2]
+            tensor([0.5000, 1.0000])
         """
         loss = None
         if closure is not None:
@@ -174,6 +200,24 @@ class SecondOrder(Optimizer):
 
         They are sharded evenly on their first dim, the blocks, whichever rank works on which, so that
         ``torch.distributed.checkpoint`` saves them and loads them into any number of processes.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([weight], lr=1e-3)
+            >>> weight.grad = torch.eye(64)
+            >>> optimizer.step()
+            >>> for name, value in optimizer.state_dict()["state"][0].items():
+            ...     if name.startswith(("left.root", "base.exp_avg")):
+            ...         print(name, value.dtype, tuple(value.shape))
+            ...
+            left.root.diagonal torch.float32 (1, 64)
+            left.root.codes torch.uint8 (1, 1008)
+            left.root.scales torch.uint8 (1, 32)
+            left.root.scale_maxima torch.float32 (1, 1)
+            base.exp_avg torch.float32 (64, 64)
+            base.exp_avg_sq torch.float32 (64, 64)
         """
         whole: dict[str, Any] = super().state_dict()
         self._prepare()
@@ -188,6 +232,17 @@ class SecondOrder(Optimizer):
         """Create the preconditioner's state of every parameter now instead of at its first step.
 
         The base's state still comes with its first step.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([weight], lr=1e-3)
+            >>> len(optimizer.state[weight])
+            0
+            >>> optimizer.init_state()
+            >>> "left.root.codes" in optimizer.state[weight]
+            True
         """
         self._prepare()
         self.preconditioner.place(self.param_groups)
@@ -199,6 +254,17 @@ class SecondOrder(Optimizer):
         Returns:
             For each parameter's index, for each factor ("left", "right") and each of the base's moments in codes
             ("base.exp_avg", ...), a JSON-able dict: the form, and the fields of its ``Quantization``.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> optimizer = Shampoo([torch.nn.Parameter(torch.ones(64, 64))], lr=1e-3)
+            >>> optimizer.init_state()
+            >>> left = optimizer.state_codecs()[0]["left"]
+            >>> left["form"], left["codec"]["layout"]
+            ('root', 'triangle')
+            >>> left["codec"]["codec"]
+            {'bits': 4, 'codebook': 'nf', 'block_size': 64, 'double': True, 'scale': 'fitted'}
         """
         self._prepare()
         codecs: dict[int, dict[str, dict[str, Any]]] = {}
@@ -232,6 +298,19 @@ class SecondOrder(Optimizer):
             * "bytes": of the preconditioner's state; the base's comes on top.
 
             In a process group all but "steps" and "nonfinite" is of this process's blocks.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([("weight", weight)], lr=1e-3, statistics_frequency=1)
+            >>> weight.grad = torch.full_like(weight, float("nan"))
+            >>> optimizer.step()
+            >>> own = optimizer.stats()["weight"]
+            >>> own["treatment"]
+            'Shampoo: 64 x 64, root, 2 bits'
+            >>> own["steps"], own["nonfinite"], own["left.updates"], own["bytes"]
+            (1, 1, 0, 2648)
         """
         self._prepare()
         treated = self._treatments()
@@ -247,7 +326,29 @@ class SecondOrder(Optimizer):
         return found
 
     def report(self) -> str:
-        """A plain-text table of every parameter's treatment and of the bytes of its state, and totals by kind."""
+        """A plain-text table of every parameter's treatment and of the bytes of its state, and totals by kind.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> model = torch.nn.Linear(64, 64)
+            >>> optimizer = Shampoo(model.named_parameters(), lr=1e-3)
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            >>> print(optimizer.report())
+            parameter  shape    preconditioner                  moments   bytes  B/param
+            ---------  -------  ------------------------------  -------  ------  -------
+            weight     64 x 64  Shampoo: 64 x 64, root, 2 bits  32 bits  35,420     8.65
+            bias       64       base                            32 bits     532     8.31
+            <BLANKLINE>
+            state      bytes  B/param
+            --------  ------  -------
+            roots      2,528    0.608
+            moments   33,280    8.000
+            scales        88    0.021
+            counters      56    0.013
+            total     35,952    8.642
+        """
         self._prepare()
         return report(self, self._treatments())
 
@@ -257,7 +358,20 @@ class SecondOrder(Optimizer):
         return {p: treatment(name, cut(p, group), group) for p, group in self._parameters()}
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype."""
+        """Raise ValueError unless ``state_dict`` fits: its groups, and every tensor's name, shape and dtype.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> two, four = Shampoo([weight], bits=2), Shampoo([weight], bits=4)
+            >>> try:
+            ...     four.check_state_dict(two.state_dict())
+            ... except ValueError as error:
+            ...     print(str(error).partition(".")[0])
+            ...
+            the state dict has bits=2; the optimizer has 4
+        """
         self._check_groups(state_dict)
         self._prepare()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -282,8 +396,24 @@ class SecondOrder(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict exactly: every tensor keeps its dtype and goes to its parameter's device.
 
+        Args:
+            state_dict: of an optimizer of this class with the same groups of parameters. In a process group every rank
+                must call this.
+
         Raises:
             ValueError: it does not fit (see ``check_state_dict``); the optimizer is left as it was.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([weight], lr=1e-3)
+            >>> weight.grad = torch.eye(64)
+            >>> optimizer.step()
+            >>> resumed = Shampoo([weight], lr=1e-3)
+            >>> resumed.load_state_dict(optimizer.state_dict())
+            >>> int(resumed.state[weight]["step"]), resumed.state[weight]["left.root.codes"].dtype
+            (1, torch.uint8)
         """
         # As the last of the pre hooks, for the user's may change the state dict.
         seal = self.register_load_state_dict_pre_hook(lambda _, given: self._sealed(given))
@@ -300,6 +430,18 @@ class SecondOrder(Optimizer):
 
         Raises:
             ValueError: the base cannot go on by itself (SOAP).
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> optimizer = Shampoo([weight], lr=1e-3)
+            >>> weight.grad = torch.eye(64)
+            >>> optimizer.step()
+            >>> adamw = torch.optim.AdamW([weight])
+            >>> adamw.load_state_dict(optimizer.base_state_dict())
+            >>> sorted(adamw.state[weight])
+            ['exp_avg', 'exp_avg_sq', 'step']
         """
         self._check_base_alone()
         return base_part(self.state_dict(), self._ours)
@@ -317,6 +459,18 @@ class SecondOrder(Optimizer):
         Raises:
             ValueError: it lacks options or moments of the base, or does not fit the parameters, or the base cannot go
                 on by itself (SOAP); the optimizer is left as it was.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Shampoo
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+            >>> adamw = torch.optim.AdamW([weight], lr=5e-4)
+            >>> weight.grad = torch.eye(64)
+            >>> adamw.step()
+            >>> optimizer = Shampoo([weight])
+            >>> optimizer.load_base_state_dict(adamw.state_dict())
+            >>> optimizer.param_groups[0]["lr"], float(optimizer.state[weight]["base.step"])
+            (0.0005, 1.0)
         """
         self._check_base_alone()
         self._check_groups(state_dict)

@@ -36,6 +36,7 @@ class Shampoo(SecondOrder):
     and :math:`\tilde G` takes the gradient's place in the base optimizer. The norms are those of the whole parameter.
     A parameter is viewed as a (first dim, rest) matrix without its dims of size 1; parameters of rank 0 or 1, and
     groups with ``precondition=False``, get the base optimizer alone. Gradients are preconditioned in place.
+    Parameters may be float32, bfloat16 or float16, whose factors are worked on in float32, or float64.
 
     Every keyword can be set per param group. What says how state is kept (bits, storage, quantization, layout,
     max_preconditioner_dim, min_quant_size, root_power) must stay as it is once a parameter has taken a step.
@@ -72,7 +73,7 @@ class Shampoo(SecondOrder):
             with the first statistic that is not zero.
         statistic_limit: a statistic with tr(M) > statistic_limit max(tr(A), tr(M before it)) is scaled down to tr(A),
             so that one spike does not own A (not with an initial_scale). Default 4.
-        root_power: p. Default 4.
+        root_power: p of the exponent -1/p. Default 4.
         rectify_update, rectify_root: Björck iterations t1, t2 of storage "eigen". Default 1, 4.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 1.
         graft: give the preconditioned gradient the norm of the gradient. Default True.
@@ -100,9 +101,11 @@ class Shampoo(SecondOrder):
         >>> import torch
         >>> from lowbit_optim import Shampoo
         >>> model = torch.nn.Linear(64, 64)
-        >>> optimizer = Shampoo(model.parameters(), lr=1e-3, weight_decay=0.05, statistics_frequency=10)
+        >>> optimizer = Shampoo(model.named_parameters(), lr=1e-3, weight_decay=0.05, statistics_frequency=10)
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> optimizer.step()
+        >>> optimizer.stats()["weight"]["treatment"]
+        'Shampoo: 64 x 64, root, 2 bits'
     """
 
     preconditioner_class: ClassVar[type[ShampooPreconditioner]] = ShampooPreconditioner

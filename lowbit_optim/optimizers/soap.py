@@ -192,6 +192,16 @@ class SOAP(SecondOrder):
     Raises:
         ValueError: a setting outside its range, or two that exclude each other.
         TypeError: a keyword that neither SOAP nor AdamW knows.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import SOAP
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = SOAP(model.named_parameters(), lr=1e-3, weight_decay=0.01)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.stats()["weight"]["treatment"]
+        'SOAP: 64 x 64, root, 4 bits'
     """
 
     preconditioner: SOAPPreconditioner

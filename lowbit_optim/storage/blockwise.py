@@ -32,6 +32,15 @@ class Quantization:
 
     Raises:
         ValueError: a value outside of these.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim import Quantization
+        >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+        >>> x = torch.tensor([[7.0, -3.0, 0.4, 0.0]])
+        >>> parts = quantization.encode(x)
+        >>> quantization.decode(parts, 4)
+        tensor([[ 7., -3.,  0.,  0.]])
     """
 
     bits: int = 4
@@ -58,22 +67,60 @@ class Quantization:
         Returns:
             "codes" uint8 [..., ceil(n * bits / 8)], "scales" float32 [..., blocks]; with ``double`` the scales are
             uint8 and "scale_maxima" float32 [..., ceil(blocks / 256)] stands beside them.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Quantization
+            >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+            >>> parts = quantization.encode(torch.ones(2, 40))
+            >>> {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
+            {'codes': (torch.uint8, (2, 20)), 'scales': (torch.float32, (2, 3))}
         """
         rows = _codable(x).reshape(x.shape[:-1].numel(), x.shape[-1])
         parts = self._named(kernels.quantize_blockwise(rows, *self._how(rows)))
         return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
 
     def encode_symmetric(self, x: Tensor, layout: str) -> Parts:
-        """Quantize what is off the diagonal of floating [k, n, n], finite; ``layout`` is one of ``Symmetric``'s.
+        """Quantize what is off the diagonal of symmetric matrices.
+
+        Args:
+            x: floating [k, n, n], finite.
+            layout: "triangle" or "square", as of ``Symmetric``.
 
         Returns:
             The parts that ``encode`` makes of rows [k, n (n - 1) / 2] ("triangle") or [k, n, n] ("square").
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Quantization
+            >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+            >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+            >>> parts = quantization.encode_symmetric(x, "triangle")
+            >>> {name: tuple(part.shape) for name, part in parts.items()}
+            {'codes': (1, 1), 'scales': (1, 1)}
         """
         x = _codable(x)
         return self._named(kernels.quantize_symmetric(x, *self._how(x), layout))
 
     def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What ``encode`` kept of rows of n numbers: [..., n] in ``dtype`` (float32, float64 or bfloat16)."""
+        """The numbers that ``encode`` kept.
+
+        Args:
+            parts: what ``encode`` returned.
+            n: numbers in a row, which packed codes do not tell.
+            dtype: float32, float64 or bfloat16. Default float32.
+
+        Returns:
+            [..., n] in ``dtype``.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Quantization
+            >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+            >>> parts = quantization.encode(torch.tensor([7.0, 0.6]))
+            >>> quantization.decode(parts, 2)
+            tensor([7., 1.])
+        """
         return self._look_up(
             parts, n, table(self.codebook, self.bits, computed_in(dtype), parts["codes"].device).values, dtype
         )
@@ -81,7 +128,28 @@ class Quantization:
     def decode_symmetric(
         self, parts: Parts, diagonal: Tensor, layout: str, dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """What ``encode_symmetric`` kept, with this diagonal [k, n]: [k, n, n] in ``dtype``, into ``out`` if given."""
+        """The matrices that ``encode_symmetric`` kept the rest of.
+
+        Args:
+            parts: what ``encode_symmetric`` returned.
+            diagonal: [k, n].
+            layout: that they were encoded in.
+            dtype: float32, float64 or bfloat16.
+            out: [k, n, n] in ``dtype``, to be written and returned instead of a new tensor. Default None.
+
+        Returns:
+            [k, n, n] in ``dtype``.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Quantization
+            >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+            >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+            >>> parts = quantization.encode_symmetric(x, "triangle")
+            >>> quantization.decode_symmetric(parts, x.diagonal(dim1=1, dim2=2), "triangle", torch.float32)
+            tensor([[[2., 7.],
+                     [7., 3.]]])
+        """
         values = table(self.codebook, self.bits, computed_in(dtype), diagonal.device).values
         coded = self._split(parts)
         return kernels.dequantize_symmetric(*coded, diagonal, values, self.bits, self.block_size, layout, dtype, out)
@@ -90,6 +158,17 @@ class Quantization:
         """How far ``decode`` is off, estimated: the root mean square of each number's error, [..., n] in ``dtype``.
 
         It is that of numbers spread evenly over the cells of their codes.
+
+        Args:
+            parts, n, dtype: as for ``decode``; dtype float32 or float64.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim import Quantization
+            >>> quantization = Quantization(bits=4, codebook="linear", block_size=16)
+            >>> parts = quantization.encode(torch.tensor([7.0, 3.4]))
+            >>> quantization.rounding_error(parts, 2)
+            tensor([0.2887, 0.2887])
         """
         return self._look_up(parts, n, cell_errors(self.codebook, self.bits, dtype, parts["codes"].device), dtype)
 
@@ -116,7 +195,18 @@ class Quantization:
         return codes, scales, maxima
 
     def zeros(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Parts:
-        """The parts of zeros of ``shape`` (a zero scale decodes to zeros whatever the codes are)."""
+        """The parts of zeros (a zero scale decodes to zeros whatever the codes are).
+
+        Args:
+            shape: of the numbers, [..., n].
+            device: of the parts. Default the CPU.
+
+        Example:
+            >>> from lowbit_optim import Quantization
+            >>> parts = Quantization(bits=4, codebook="linear", block_size=16).zeros((2, 40))
+            >>> {name: tuple(part.shape) for name, part in parts.items()}
+            {'codes': (2, 20), 'scales': (2, 3)}
+        """
         *lead, n = shape
         blocks = -(-n // self.block_size)
         scale_dtype = torch.uint8 if self.double else torch.float32
@@ -174,13 +264,45 @@ def encode_tensor(x: Tensor, codec: Codec) -> Parts:
     """Encode a tensor of any shape along the rows of its (first dim, rest) view.
 
     Rows under 32 numbers, and so every 1-D tensor, stay in at least float32, whatever the codec is.
+
+    Args:
+        x: floating, of any shape, finite.
+        codec: a ``Quantization``; a dtype to round to; None for at least float32.
+
+    Returns:
+        The parts of ``Quantization.encode``, or "values" in the dtype; two-dimensional, with a row for each row.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim.storage import Quantization, encode_tensor
+        >>> parts = encode_tensor(torch.ones(4, 8, 8), Quantization(bits=4))
+        >>> {name: tuple(part.shape) for name, part in parts.items()}
+        {'codes': (4, 32), 'scales': (4, 1)}
     """
     count, length = rows_of(x.shape)
     return encode(x.reshape(count, length), codec if length >= MIN_ROW else None)
 
 
 def decode_tensor(parts: Parts, codec: Codec, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of ``encode_tensor`` for a tensor of ``shape``, in ``dtype`` (float32 or float64)."""
+    """The tensor that ``encode_tensor`` kept.
+
+    Args:
+        parts: what ``encode_tensor`` returned.
+        codec: that it was given.
+        shape: of the tensor.
+        dtype: float32 or float64. Default float32.
+
+    Returns:
+        The numbers, of ``shape`` in ``dtype``.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim.storage import Quantization, decode_tensor, encode_tensor
+        >>> x = torch.ones(4, 8, 8)
+        >>> parts = encode_tensor(x, Quantization(bits=4))
+        >>> torch.equal(decode_tensor(parts, Quantization(bits=4), x.shape), x)
+        True
+    """
     length = rows_of(shape)[1]
     return decode(parts, codec if length >= MIN_ROW else None, length, dtype).reshape(shape)
 

@@ -5,6 +5,11 @@ is replaced by the nearest value. Every table is defined in float64 and rounded 
 
 Tables padded at the end repeat their last value, so that every bit pattern decodes to something; nearest-value
 rounding never chooses a repeated one.
+
+Example:
+    >>> from lowbit_optim.storage import CODEBOOKS
+    >>> CODEBOOKS
+    ('linear', 'linear-2', 'dynamic', 'nf', 'lloyd-max')
 """
 
 import itertools
@@ -80,6 +85,7 @@ _TABLES: dict[str, Callable[[int], list[float]]] = {
     "nf": _normal_float,
     "lloyd-max": _lloyd_max,
 }
+#: The names of all tables.
 CODEBOOKS = tuple(_TABLES)
 
 
@@ -102,6 +108,12 @@ def codebook(name: str, bits: int) -> Tensor:
 
     Raises:
         ValueError: an unknown name or number of bits.
+
+    Example:
+        >>> from lowbit_optim.storage import codebook
+        >>> codebook("linear", 3)
+        tensor([-1.0000, -0.6667, -0.3333,  0.0000,  0.3333,  0.6667,  1.0000,  1.0000],
+               dtype=torch.float64)
     """
     return torch.tensor(_values(name, bits), dtype=torch.float64, device="cpu")
 

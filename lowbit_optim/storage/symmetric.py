@@ -27,6 +27,17 @@ class Symmetric:
 
     Raises:
         ValueError: an unknown layout.
+
+    Example:
+        >>> import torch
+        >>> from lowbit_optim.storage import Quantization, Symmetric
+        >>> how = Symmetric(Quantization(bits=4, codebook="linear", block_size=16))
+        >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+        >>> parts = how.encode(x)
+        >>> sorted(parts)
+        ['codes', 'diagonal', 'scales']
+        >>> torch.equal(how.decode(parts), x)
+        True
     """
 
     codec: Codec = None
@@ -41,6 +52,14 @@ class Symmetric:
         """Symmetric [k, n, n], finite, float32 or float64, to "diagonal" [k, n] and the parts of the rest.
 
         The diagonal is float32, or of x's dtype where codec is None.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim.storage import Quantization, Symmetric
+            >>> how = Symmetric(Quantization(bits=4, codebook="linear", block_size=16))
+            >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+            >>> {name: (part.dtype, tuple(part.shape)) for name, part in how.encode(x).items()}
+            {'diagonal': (torch.float32, (1, 2)), 'codes': (torch.uint8, (1, 1)), 'scales': (torch.float32, (1, 1))}
         """
         diagonal = x.diagonal(dim1=-2, dim2=-1).to(self._diagonal_dtype(x.dtype), copy=True)
         if isinstance(self.codec, Quantization) and not self.correlations:
@@ -57,7 +76,17 @@ class Symmetric:
         """The matrices [k, n, n] that ``encode`` kept, in ``dtype`` (float32, float64 or bfloat16).
 
         Args:
+            parts: what ``encode`` returned.
             out: [k, n, n] in ``dtype``, to be written and returned instead of a new tensor. Default None.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim.storage import Quantization, Symmetric
+            >>> how = Symmetric(Quantization(bits=4, codebook="linear", block_size=16))
+            >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+            >>> how.decode(how.encode(x))
+            tensor([[[2., 7.],
+                     [7., 3.]]])
         """
         diagonal = parts["diagonal"]
         if isinstance(self.codec, Quantization) and not self.correlations:
@@ -67,7 +96,19 @@ class Symmetric:
         return whole if out is None else out.copy_(whole)
 
     def rounding_error(self, parts: Parts) -> Tensor:
-        """How far ``decode`` is off, estimated: the error's Frobenius norm relative to that of the matrix, [k]."""
+        """How far ``decode`` is off, estimated: the error's Frobenius norm relative to that of the matrix, [k].
+
+        Args:
+            parts: what ``encode`` returned.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim.storage import Quantization, Symmetric
+            >>> how = Symmetric(Quantization(bits=4, codebook="linear", block_size=16))
+            >>> x = torch.tensor([[[2.0, 7.0], [7.0, 3.0]]])
+            >>> bool(how.rounding_error(how.encode(x)) < 0.1)
+            True
+        """
         diagonal = parts["diagonal"].float()
         error = rounding_error(parts, self.codec, self._row(diagonal.shape[-1]))
         error = self._whole(error, diagonal, torch.zeros_like(diagonal)).norm(dim=(1, 2))
@@ -75,7 +116,20 @@ class Symmetric:
         return error / torch.where(whole > 0, whole, 1.0)
 
     def identity(self, k: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Parts:
-        """The parts of k identity matrices of order n; ``dtype`` is what ``encode`` would be given."""
+        """The parts of k identity matrices of order n.
+
+        Args:
+            k, n: how many, and their order.
+            dtype: what ``encode`` would be given.
+            device: of the parts. Default the CPU.
+
+        Example:
+            >>> import torch
+            >>> from lowbit_optim.storage import Quantization, Symmetric
+            >>> how = Symmetric(Quantization(bits=4, codebook="linear", block_size=16))
+            >>> torch.equal(how.decode(how.identity(1, 2, torch.float32)), torch.eye(2)[None])
+            True
+        """
         shape = (k, self._row(n)) if self.layout == "triangle" else (k, n, n)
         diagonal = torch.ones(k, n, dtype=self._diagonal_dtype(dtype), device=device)
         return {"diagonal": diagonal, **zeros(shape, self.codec, dtype, device)}

@@ -160,7 +160,7 @@ def kinds(folder):
 
 
 def sealed(manifest):
-    """checkpoint.json with the sha256 of itself, as docs/checkpoints.md says."""
+    """checkpoint.json with the sha256 of itself, as docs/reference/checkpoint-format.md says."""
     body = json.dumps({key: value for key, value in manifest.items() if key != "sha256"}, indent=1).encode()[:-2]
     return body + b',\n "sha256": "' + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
 

@@ -1,4 +1,4 @@
-"""A reader written from docs/checkpoints.md alone, with Python and NumPy only, on the checkpoints that are kept."""
+"""A reader written from docs/reference/checkpoint-format.md alone, with Python and NumPy, on kept checkpoints."""
 
 import hashlib
 import json
