@@ -25,7 +25,7 @@ GREY = "#777777"  # equally readable on white and on near-black
 BLUE, ORANGE, GREEN, RED, SKY, PINK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
 WIDTH = 5.0  # inches: so small that a phone need not shrink letters much
 
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.transparent": True,
@@ -60,6 +60,12 @@ def results(file: str) -> dict[str, Any]:
     """A results file in benchmarks/results."""
     content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
     return content
+
+
+def runs(file: str) -> list[dict[str, Any]]:
+    """The records of a JSONL file in benchmarks/results."""
+    lines = (ROOT / "benchmarks" / "results" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

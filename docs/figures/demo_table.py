@@ -28,12 +28,19 @@ def write() -> str:
         ),
         row("of which the preconditioner", preconditioner),
         row("optimizer checkpoint", lambda run: kilobytes(run["checkpoint_bytes"])),
-        row("CPU time per step, average", lambda run: f"{run['time_ms']['average']:.1f} ms"),
+        *(
+            row(what, lambda run, kind=kind: f"{run['time_ms'][kind]:.1f} ms")
+            for what, kind in {
+                "CPU time of an ordinary step": "ordinary",
+                "of a step with statistics": "update",
+                "of all steps, average": "average",
+            }.items()
+        ),
     ]
     place = demo["environment"]
     same = "ended with the same bits" if demo["resumed_equals_uninterrupted"] else "did NOT end with the same bits"
     return (
         f"{markdown(rows)}\nOne seed; torch {place['torch']}, Python {place['python']}, {place['cores']} CPU cores, "
-        f"{demo['seconds']:.0f} seconds after the set-up. The run that was saved half way and resumed by a fresh process "
-        f"{same} as the one that nothing interrupted.\n"
+        f"{demo['seconds']:.0f} seconds after the set-up. The run that was saved half way and resumed by a fresh "
+        f"process {same} as the one that nothing interrupted.\n"
     )

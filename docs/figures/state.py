@@ -28,5 +28,6 @@ def draw() -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.13 * max(sizes))
     ax.set_xlabel("bytes of optimizer state per parameter")
+    ax.set_axisbelow(True)
     ax.grid(visible=False, axis="y")
     return figure
