@@ -1,12 +1,12 @@
 """The loss curves of the demo, as `make demo` has left them in benchmarks/results/demo.json."""
 
-from figures import BLUE, GREEN, ORANGE, axes, results
+from figures import BLUE, ORANGE, SKY, axes, results
 from matplotlib.figure import Figure
 
 # Two runs lie on each other: one is wide, the other a narrow dashed line on top of it.
 LINES = {
     "adamw": {"color": ORANGE, "linewidth": 2},
-    "shampoo-32bit": {"color": GREEN, "linewidth": 4, "alpha": 0.6},
+    "shampoo-32bit": {"color": SKY, "linewidth": 4},
     "shampoo": {"color": BLUE, "linewidth": 1.5, "linestyle": "--"},
 }
 

@@ -1,7 +1,7 @@
 """Singular values of a gradient before and after preconditioning, in a short training of the network of start.md."""
 
 import torch
-from figures import BLUE, GREEN, GREY, axes
+from figures import BLUE, GREY, SKY, axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ from lowbit_optim import Shampoo
 
 STEPS = 60
 LINES = {
-    32: {"color": GREEN, "linewidth": 4, "alpha": 0.6},
+    32: {"color": SKY, "linewidth": 4},
     2: {"color": BLUE, "linestyle": "--"},
 }
 
