@@ -7,6 +7,7 @@ Markdown. They end up in docs/figures/drawn, as <name>.svg and <name>.md, which 
 import importlib
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
 DOCS = Path(__file__).parent.parent
@@ -87,14 +89,21 @@ def draw_all(app: Sphinx) -> None:
             sys.path.insert(0, str(path))
     for name in scripts:
         logger.info("drawing %s", name)
-        script = importlib.import_module(name)
-        if hasattr(script, "write"):
-            _replace(DRAWN / f"{name}.md", script.write())
-            continue
-        with mpl.rc_context(_STYLE):
-            script.draw().savefig(DRAWN / "new.svg", metadata={"Date": None})
-        _replace(DRAWN / f"{name}.svg", (DRAWN / "new.svg").read_text(encoding="utf-8"))
-        (DRAWN / "new.svg").unlink()
+        try:
+            _draw(name)
+        except Exception as error:
+            raise ExtensionError(f"docs/figures/{name}.py: {error!r}", error) from error
+
+
+def _draw(name: str) -> None:
+    script = importlib.import_module(name)
+    if hasattr(script, "write"):
+        _replace(DRAWN / f"{name}.md", script.write())
+        return
+    svg = StringIO()
+    with mpl.rc_context(_STYLE):
+        script.draw().savefig(svg, format="svg", metadata={"Date": None})
+    _replace(DRAWN / f"{name}.svg", svg.getvalue())
 
 
 def _replace(path: Path, content: str) -> None:
