@@ -84,15 +84,17 @@ def draw_all(app: Sphinx) -> None:
     for old in DRAWN.iterdir():
         if old.stem not in scripts:
             old.unlink()
-    for path in (ROOT, DOCS / "figures"):
-        if str(path) not in sys.path:
-            sys.path.insert(0, str(path))
-    for name in scripts:
-        logger.info("drawing %s", name)
-        try:
-            _draw(name)
-        except Exception as error:
-            raise ExtensionError(f"docs/figures/{name}.py: {error!r}", error) from error
+    before = sys.path.copy()
+    sys.path[:0] = [str(ROOT), str(DOCS / "figures")]  # for benchmarks, and for the scripts
+    try:
+        for name in scripts:
+            logger.info("drawing %s", name)
+            try:
+                _draw(name)
+            except Exception as error:
+                raise ExtensionError(f"docs/figures/{name}.py: {error!r}", error) from error
+    finally:
+        sys.path[:] = before  # where others would take the folder kernels/ for another package
 
 
 def _draw(name: str) -> None:
