@@ -84,6 +84,10 @@ def draw_all(app: Sphinx) -> None:
     for old in DRAWN.iterdir():
         if old.stem not in scripts:
             old.unlink()
+    pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("**/*.md"))
+    for name in scripts:
+        if f"drawn/{name}." not in pages:
+            raise ExtensionError(f"docs/figures/{name}.py: no page shows it")
     before = sys.path.copy()
     sys.path[:0] = [str(ROOT), str(DOCS / "figures")]  # for benchmarks, and for the scripts
     try:
