@@ -22,6 +22,7 @@ extensions = [
     "commands",
     "sphinx_copybutton",
     "mathml",
+    "figures",
 ]
 exclude_patterns = ["_ext", "**/README*"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds

@@ -1,0 +1,34 @@
+"""The learning rates that tuning has found, from the runs that benchmarks.convergence compares."""
+
+from figures import markdown, runs
+
+TASKS = {
+    "digits-mlp": "digits, MLP",
+    "fashion-convnet": "Fashion-MNIST, ConvNet",
+    "fashion-vit": "Fashion-MNIST, ViT",
+    "shakespeare-gpt": "Shakespeare, GPT",
+}
+METHODS = {
+    "shampoo-32": "Shampoo",
+    "caspr-32": "CASPR",
+    "kfac-32": "K-FAC",
+    "adabk-32": "AdaBK",
+    "soap10-32": "SOAP",
+}
+TUNED_WITH = 0  # this seed; the others compare
+
+
+def write() -> str:
+    rates = {(run["task"], run["method"]): run["lr"] for run in runs("convergence") if run["seed"] != TUNED_WITH}
+
+    def of(task: str, method: str) -> str:
+        rate, base = rates.get((task, method)), rates[task, "adamw"]
+        return f"{rate:g} (× {rate / base:.1f})" if rate else "-"
+
+    return markdown(
+        [
+            {"best rate of": title, "AdamW": f"{rates[task, 'adamw']:g}"}
+            | {name: of(task, method) for method, name in METHODS.items()}
+            for task, title in TASKS.items()
+        ]
+    )
