@@ -5,7 +5,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # our extensions; benchmarks/, whose tables they make
 
 project = "lowbit-optim"
 author = "The lowbit-optim authors"
@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "mathml",
+    "results",
 ]
 exclude_patterns = ["_ext", "**/README*"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
