@@ -1,10 +1,12 @@
 """The documentation site: Sphinx with MyST and furo. `make docs` builds it into build/site."""
 
+import os
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
 HERE = Path(__file__).parent
+os.environ["OMP_NUM_THREADS"] = "1"  # the tutorials' figures are the same on every machine that rounds alike
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # our extensions; benchmarks/, whose tables they make
 
 project = "lowbit-optim"
@@ -18,10 +20,11 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
     "mathml",
     "results",
 ]
-exclude_patterns = ["_ext", "**/README*"]
+exclude_patterns = ["_ext", "**/README*", "tutorials"]  # sphinx-gallery writes the pages of tutorials/ into gallery/
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -31,6 +34,19 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "copyfile_regex": r"index\.rst",  # our own first page, without thumbnails
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "min_reported_time": float("inf"),
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+}
 
 html_theme = "furo"
 html_title = "lowbit-optim"

@@ -198,8 +198,8 @@ class Figures(SphinxDirective):
     def source(self, path: Path, said: list[str]) -> nodes.paragraph:
         """The line underneath, with the file to download."""
         target = "/" + Path("..", path.relative_to(ROOT)).as_posix()
-        link = addnodes.download_reference("", "", nodes.literal("", path.name), reftarget=target, refdoc=self.env.docname)
-        link["refexplicit"] = True
+        where = {"reftarget": target, "refdoc": self.env.docname, "refexplicit": True}
+        link = addnodes.download_reference("", "", nodes.literal("", path.name), **where)
         text = nodes.Text(": " + "; ".join(said) + ".")
         return nodes.paragraph("", "", nodes.emphasis("", "", link, text), classes=["origin"])
 
