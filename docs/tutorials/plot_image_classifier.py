@@ -117,9 +117,9 @@ for name, own in optimizer.stats().items():
 
 RATES = (0.01, 0.03, 0.1)
 DAMPINGS = (1.0, 0.1, 0.01)
-logging.getLogger("lowbit_optim").setLevel(
-    logging.ERROR
-)  # it warns of gradients that are not finite, and some runs diverge
+
+# The log warns of gradients that are not finite, and some of these runs diverge.
+logging.getLogger("lowbit_optim").setLevel(logging.ERROR)
 
 
 def with_kfac(damping: float, rate: float, bits: float = 2) -> tuple[list[float], float, float, int]:
@@ -168,7 +168,7 @@ plt.show()
 # Do few bits cost something here?
 # --------------------------------
 #
-# The best damping and rate of 2 bits, with 32 bits:
+# The best damping and rate of 2 bits, with more bits:
 
 name, rate = min((key for key in found if key[0] != "SGD"), key=lambda key: judged(found[key][1]))
 damping = float(name.split()[-1])
@@ -184,10 +184,11 @@ for bits in (32, 4, 2):
 # ------------------
 #
 # * Give the ``damping`` as much care as the learning rate, by powers of ten around the default.
-#   ``damping_rule="absolute"`` adds it in the units of the loss, as Martens and Grosse (2015) do.
+#   ``damping_rule="absolute"`` adds an amount that does not follow the eigenvalues, split between both factors as
+#   Martens and Grosse (2015) do.
 # * Read ``treatments()`` once: a layer that is not called (``nn.MultiheadAttention`` computes with its weight itself)
 #   goes to the base.
 # * With gradient accumulation, all backward passes since the last step count as one large batch.
 # * Hooks cost a pass with statistics some time. ``optimizer.close()`` removes them.
 #
-# :doc:`/optimizers` says what else the hooks see, and what they do not.
+# What else the hooks see, and what they do not, is in :doc:`/optimizers`.

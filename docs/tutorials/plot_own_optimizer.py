@@ -114,9 +114,11 @@ class TinyShampoo(torch.optim.Optimizer):
             return gradient
         blocks = plan.split(gradient)
         if state["step"] % group["every"] == 1:
+            updates = 1 + state["step"] // group["every"]
+            weight = (1 - group["decay"]) / (1 - group["decay"] ** updates)  # first about 1, 1/2, 1/3
             for side, statistic in (("left", blocks @ blocks.mT), ("right", blocks.mT @ blocks)):
-                if f"{side}.trace" in state:
-                    statistic = torch.lerp(statistic, read_statistic(state, side), group["decay"])
+                if updates > 1:
+                    statistic = torch.lerp(read_statistic(state, side), statistic, weight)
                 write_statistic(state, side, statistic)
         blocks = CODEC.decode(take("left", state)) @ blocks @ CODEC.decode(take("right", state))
         direction = plan.merge(blocks)
