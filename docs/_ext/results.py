@@ -14,6 +14,13 @@ one row for each value of these keys, and columns may come from other tables (``
 Without ``:table:`` the file itself is the only row. Below stands where the figures come from. A file, a table or a key
 that is not there fails the build.
 
+    ```{losses} 32 bits; 4 bits; 2 bits
+    - [digits-mlp, shampoo, Shampoo, root-4, root-2]
+    ```
+
+has a row for each task, family, name, and methods of the family: the loss of the family's reference, and what the
+methods lose against it.
+
     ```{convergence} kfac
     ```
 
@@ -226,17 +233,63 @@ class Results(Figures):
         return [self.table([column.heading for column in columns], cells), self.source(path, said)]
 
 
-class Convergence(Figures):
-    """The runs of one family of benchmarks.convergence, by that module's own statistics."""
+class OfRuns(Figures):
+    """What is made of the runs of benchmarks.convergence, by that module's own statistics."""
 
     required_arguments = 1
+    final_argument_whitespace = True
+
+    def known(self) -> Records:
+        """All runs, by key."""
+        self.path = self.read("convergence.jsonl")
+        return {convergence.key(record): record for record in read_lines(self.path)}
+
+    def source_of(self, runs: list[Row]) -> nodes.paragraph:
+        """The line underneath."""
+        stale = sum(map(convergence.is_stale, runs))
+        said = sorted({origin(record, ONE_THREAD) for record in runs})
+        return self.source(self.path, [*said, f"{len(runs)} runs, {stale} of them with other code than this"])
+
+    def plan(self, family: str) -> Plan:
+        if family not in FAMILIES:
+            raise self.error(f"{family}: no family of benchmarks.convergence, which has {', '.join(FAMILIES)}")
+        return Plan(list(TASKS), FAMILIES[family], [BASELINE, *FAMILIES[family].methods])
+
+
+class Losses(OfRuns):
+    """Some methods of several families and tasks, in one table."""
+
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
-        path, name = self.read("convergence.jsonl"), self.arguments[0]
-        if name not in FAMILIES:
-            raise self.error(f"{name}: no family of benchmarks.convergence, which has {', '.join(FAMILIES)}")
-        known = {convergence.key(record): record for record in read_lines(path)}
-        plan = Plan(list(TASKS), FAMILIES[name], [BASELINE, *FAMILIES[name].methods])
+        known = self.known()
+        cells: Cells = []
+        runs: dict[str, Row] = {}
+        for task, family, name, *methods in yaml.safe_load("\n".join(self.content)):
+            plan = self.plan(family)
+            if task not in TASKS or (unknown := set(methods) - {*plan.methods, None}):
+                what = task if task not in TASKS else ", ".join(sorted(unknown))
+                raise self.error(
+                    f"{self.path.name}: {what}: no such task or method of {family} in benchmarks.convergence"
+                )
+            used = [plan.result(known, task, method) for method in (plan.reference, BASELINE, *filter(None, methods))]
+            if not all(result.losses for result in used):
+                raise self.error(f"{self.path.name}: {task}, {family}: no runs of {', '.join(r.method for r in used)}")
+            runs |= {convergence.key(record): record for result in used for record in result.records}
+            reference, baseline, *_ = used
+            of = {result.method: result for result in used}
+            limit = room(plan, baseline, reference)
+            lost = [NOTHING if m is None else loss_against(of[m], reference, baseline, limit) for m in methods]
+            cells.append([name, str(len(reference.losses)), f"{reference.mean:.4f}", *lost, f"{limit:.4f}"])
+        headings = ["", "seeds", *(heading.strip() for heading in self.arguments[0].split(";")), "room"]
+        return [self.table(headings, cells), self.source_of(list(runs.values()))]
+
+
+class Convergence(OfRuns):
+    """The runs of one family, task by task."""
+
+    def run(self) -> list[nodes.Node]:
+        known, plan = self.known(), self.plan(self.arguments[0])
         found: list[nodes.Node] = []
         shown: list[Row] = []
         for task in plan.tasks:
@@ -247,16 +300,14 @@ class Convergence(Figures):
             try:
                 rows, notes = compared(plan, known, task, results)
             except LookupError as error:
-                raise self.error(f"{path.name}: {error}") from error
+                raise self.error(f"{self.path.name}: {error}") from error
             cells = [[NOTHING if value is None else str(value) for value in row.values()] for row in rows]
             listed = [nodes.list_item("", nodes.paragraph("", note)) for note in notes]
             found += [nodes.rubric("", TASKS[task].title), self.table(list(rows[0]), cells)]
             found.append(nodes.bullet_list("", *listed))
             shown += [record for result in results for record in result.records]
         if shown:
-            stale = sum(map(convergence.is_stale, shown))
-            said = sorted({origin(record, ONE_THREAD) for record in shown})
-            found.append(self.source(path, [*said, f"{len(shown)} runs, {stale} of them with other code than this"]))
+            found.append(self.source_of(shown))
         return found
 
 
@@ -267,23 +318,36 @@ def compared(plan: Plan, known: Records, task: str, results: list[Result]) -> tu
     if not (baseline.losses and reference.losses):
         raise LookupError(f"{task}: no runs of {BASELINE} and {plan.reference} at their best rates")
     notes = [rates(plan, known, task, method) for method in dict.fromkeys(map(plan.tuned_with, plan.methods))]
+    limit = room(plan, baseline, reference)
     if plan.family.of_moments:
-        room = stdev(baseline.losses.values())
-        notes.append(f"Room, the standard deviation of {BASELINE} between seeds: {room:.4f}.")
+        notes.append(f"Room, the standard deviation of {BASELINE} between seeds: {limit:.4f}.")
     else:
         gain, error = baseline.minus(reference)
-        room = gain / 4
-        notes.append(f"{plan.reference} gains {gain:+.4f} ± {error:.4f} over {BASELINE}. Room, a quarter: {room:+.4f}.")
+        notes.append(
+            f"{plan.reference} gains {gain:+.4f} ± {error:.4f} over {BASELINE}. Room, a quarter: {limit:+.4f}."
+        )
         if gain <= error:
             notes.append("That is not shown to be a gain: this task tells forms apart by nothing.")
     for result in results:
         if result.records and not result.sound:
             notes.append(f"{result.method}: {len(result.losses)} of {result.planned} planned runs have a finite loss.")
         if result.records and result.method not in (BASELINE, plan.reference):
-            verdict = result.verdict(room, baseline, reference, paper)
+            verdict = result.verdict(limit, baseline, reference, paper)
             said = (f"{what}: {'yes' if holds else 'NO'}" for what, holds in verdict.items())
             notes.append(f"{result.method}: {'; '.join(said)}.")
     return [result.row(reference) for result in results if result.records], notes
+
+
+def room(plan: Plan, baseline: Result, reference: Result) -> float:
+    """What a form may lose, as ``benchmarks.convergence.summarize`` has it."""
+    return stdev(baseline.losses.values()) if plan.family.of_moments else baseline.minus(reference)[0] / 4
+
+
+def loss_against(result: Result, reference: Result, baseline: Result, limit: float) -> str:
+    """The mean difference with its interval, and a tick where that lies within the room."""
+    difference, error = result.minus(reference)
+    holds = all(result.verdict(limit, baseline, reference, None).values())
+    return f"{difference:+.4f} ± {error:.4f}" + " ✓" * holds
 
 
 def rates(plan: Plan, known: Records, task: str, method: str) -> str:
@@ -296,4 +360,5 @@ def rates(plan: Plan, known: Records, task: str, method: str) -> str:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("results", Results)
     app.add_directive("convergence", Convergence)
+    app.add_directive("losses", Losses)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
