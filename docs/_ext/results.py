@@ -248,7 +248,9 @@ class OfRuns(Figures):
         """The line underneath."""
         stale = sum(map(convergence.is_stale, runs))
         said = sorted({origin(record, ONE_THREAD) for record in runs})
-        return self.source(self.path, [*said, f"{len(runs)} runs, {stale} of them with other code than this"])
+        return self.source(
+            self.path, [*said, f"{len(runs)} runs, {stale} of them made with code that has changed since"]
+        )
 
     def plan(self, family: str) -> Plan:
         if family not in FAMILIES:

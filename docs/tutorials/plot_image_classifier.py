@@ -54,8 +54,8 @@ def make_model() -> nn.Sequential:
 # Make the optimizer
 # ------------------
 #
-# ``model=model`` lets K-FAC put hooks on the layers. ``base="sgd"`` is what takes the preconditioned gradient; any
-# base will do. The default period, 200 steps, is meant for long trainings: a short one wants 10. ``treatments()``
+# ``model=model`` lets K-FAC put hooks on the layers. ``base="sgd"`` is what takes the preconditioned gradient; AdamW
+# is the default. The default period, 200 steps, is meant for long trainings: a short one wants 10. ``treatments()``
 # says what becomes of every parameter. A bias is one more column of its weight; the normalization goes to the base
 # alone.
 

@@ -208,5 +208,6 @@ print(f"resumed at step {first}; the same bits at the end: {same}")
 # --------------------
 #
 # * Start with the rate that AdamW has there. Hugging Face's Trainer, accelerate and Lightning: :doc:`/trainers`.
-# * Let ``statistics_frequency`` be about a hundredth of the training, at most 100.
-# * Save as often as you like: :doc:`/checkpoints` has rotation and saving in the background.
+# * Leave ``statistics_frequency`` at its default of 100 unless the training is short: until the first update, at step
+#   100, the base runs alone.
+# * Keep the last few checkpoints, and write them in the background: :doc:`/checkpoints`.
