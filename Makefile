@@ -48,5 +48,5 @@ docs: $(STAMP)
 
 # Leaves .venv alone; delete it to have it made anew.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/gallery *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find benchmarks kernels lowbit_optim tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,11 +1,13 @@
 """The documentation site: Sphinx with MyST and furo. `make docs` builds it into build/site."""
 
+import os
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+os.environ["OMP_NUM_THREADS"] = "1"  # the tutorials' figures are the same on every machine that rounds alike
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # our extensions; benchmarks/, whose tables they make
 
 project = "lowbit-optim"
 author = "The lowbit-optim authors"
@@ -21,10 +23,12 @@ extensions = [
     "states",
     "commands",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
     "mathml",
     "figures",
+    "results",
 ]
-exclude_patterns = ["_ext", "**/README*"]
+exclude_patterns = ["_ext", "**/README*", "tutorials"]  # sphinx-gallery writes the pages of tutorials/ into gallery/
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -41,6 +45,19 @@ napoleon_use_param = False  # types and defaults are in the signature; "betas, e
 napoleon_use_rtype = False
 # Names of Python's and torch's own: links to their sites could not be checked without the network.
 nitpick_ignore_regex = [("py:class", r"(collections|os|torch)\..*|ProcessGroup")]
+
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "copyfile_regex": r"index\.rst",  # our own first page, without thumbnails
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "min_reported_time": float("inf"),
+    "show_memory": False,
+    "show_signature": False,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+}
 
 html_theme = "furo"
 html_title = "lowbit-optim"
