@@ -5,7 +5,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # for `import benchmarks`
 
 project = "lowbit-optim"
 author = "The lowbit-optim authors"

@@ -1,8 +1,8 @@
 """Fail a build that would let its reader down, by warnings that name the page and the item.
 
-In the built site: links and anchors that lead nowhere, whatever but a link leads to another host (scripts, fonts, images,
-styles), images without alternative text, pages without a title. Beside it: links and images of README.md and its like
-that lead to no file or heading of the repository.
+In the built site: links and anchors that lead nowhere, whatever but a link leads to another host (scripts, fonts,
+images, styles), images without alternative text, pages without a title. Beside it: links and images of README.md and
+its like that lead to no file or heading of the repository, and committed figures that are older than their data.
 """
 
 import re
@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.anchors import anchors_plugin
 from sphinx.application import Sphinx
 from sphinx.util import logging
+
+from benchmarks import figures
 
 REPOSITORY = Path(__file__).parents[2]
 READ_ON_THEIR_OWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")  # not pages of the site
@@ -149,6 +151,8 @@ def check(app: Sphinx, exception: Exception | None) -> None:
     for name in READ_ON_THEIR_OWN:
         for wrong in of_markdown(REPOSITORY / name):
             logger.warning("%s", wrong, type="checks")
+    for wrong in figures.wrong():
+        logger.warning("%s", wrong, type="checks")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
