@@ -21,7 +21,7 @@ extensions = [
     "mathml",
     "checks",
 ]
-exclude_patterns = ["_ext", "**/README*"]
+exclude_patterns = ["_ext", "_templates", "**/README*"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -37,3 +37,7 @@ html_title = "lowbit-optim"
 html_math_renderer = "mathml"  # browsers set MathML themselves: no script and no font from elsewhere
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
+templates_path = ["_templates"]
