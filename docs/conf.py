@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "mathml",
+    "back_links",
     "checks",
 ]
 exclude_patterns = ["_ext", "_templates", "**/README*"]

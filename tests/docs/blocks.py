@@ -23,9 +23,13 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.text.strip().splitlines()]
+
+    @property
     def name(self) -> tuple[str, str]:
-        """What tables in this folder call it: its page and its first line."""
-        return self.page, self.text.strip().partition("\n")[0].strip()
+        """What the table of exceptions calls it: its page and its first line."""
+        return self.page, self.lines[0] if self.lines else ""
 
 
 def pages() -> list[str]:

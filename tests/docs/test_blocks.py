@@ -49,16 +49,17 @@ def test_the_blocks_of(page, tmp_path, monkeypatch):
 
 
 def test_every_exception_and_check_is_of_a_block():
-    there = {block.name for page in pages() for block in blocks(page)}
-    assert EXCEPTIONS.keys() <= there
-    assert CHECKS.keys() <= there
+    there = [block for page in pages() for block in blocks(page)]
+    assert EXCEPTIONS.keys() <= {block.name for block in there}
+    assert CHECKS.keys() <= {line for block in there for line in block.lines}
     assert PAGES.keys() <= set(pages())
 
 
 def check(block: Block, names: dict[str, Any], said: str | None) -> str | None:
     """Run a block; returns what it printed, where it ran. ``said`` is what the block above printed."""
-    if block.name in CHECKS:
-        CHECKS[block.name](block.text)
+    own = [CHECKS[line] for line in block.lines if line in CHECKS]
+    for looks in own:
+        looks(block.text)
     if block.language in PYTHON:
         return run_python(block, block.text, names)
     if block.language in SHELL:
@@ -68,15 +69,19 @@ def check(block: Block, names: dict[str, Any], said: str | None) -> str | None:
                 assert_shown(shown, printed)
         return "".join(printed or "" for printed, _ in outputs)
     if block.language == "diff":
-        lines = block.text.splitlines()
-        run_python(block, "\n".join(line[1:] for line in lines if line[:1] in " -"), dict(names))
-        return run_python(block, "\n".join(line[1:] for line in lines if line[:1] in " +"), names)
+        run_python(block, side(block.text, "-"), dict(names))
+        return run_python(block, side(block.text, "+"), names)
     if block.language == "json":
         json.loads(block.text)
-    elif block.name not in CHECKS:
+    elif not own:
         assert block.language in ("", "text"), f"nothing here can check {block.language!r}"
         assert_shown(block.text, said)
     return None
+
+
+def side(change: str, sign: str) -> str:
+    """What a diff has before or after; its lines stay where they are."""
+    return "\n".join(line[1:] if line[:1] in f" {sign}" else "" for line in change.splitlines())
 
 
 def run_python(block: Block, code: str, names: dict[str, Any]) -> str:
