@@ -42,3 +42,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/icon.svg"
 templates_path = ["_templates"]
+html_domain_indices = False  # the index of names has modules, too

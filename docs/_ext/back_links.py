@@ -1,6 +1,6 @@
-"""Links from sources back to the reference, where an object is documented under another module than its neighbours.
+"""Links to sources from every page, and from sources back to where the reference has them.
 
-viewcode takes the first module by which anything of a source file is documented for that of all; the others' anchors
+viewcode takes the first module by which anything of a source file is documented for that of all; the anchors of the others
 are looked up here.
 """
 
@@ -14,6 +14,7 @@ BACK = re.compile(r'(?<=class="viewcode-back" href=")([^"#]+)#([^"]+)')
 
 
 def mend(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    context["sources"] = bool(getattr(app.env, "_viewcode_modules", None))  # for sidebar/navigation.html
     if not pagename.startswith("_modules/"):
         return
     documented = app.env.domains.python_domain.objects
