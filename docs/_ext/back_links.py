@@ -1,6 +1,6 @@
 """Links to sources from every page, and from sources back to where the reference has them.
 
-viewcode takes the first module by which anything of a source file is documented for that of all; the anchors of the others
+viewcode takes the first module by which anything of a source file is documented for that of all; anchors of the others
 are looked up here.
 """
 
