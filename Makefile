@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 MYPY_LINK := build/mypy/lowbit_optim/kernels
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs site-test clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,10 +41,17 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.recursive_error
 
-# Warnings are errors: a broken link, a missing page, a page that no other leads to.
+# Warnings are errors: a broken link, a missing page, a page that no other leads to. From nothing, because Sphinx leaves
+# pages there that are gone, and warns once only of those that it has read.
 docs: $(STAMP)
+	rm -rf build/site
 	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going docs build/site
 	@echo "build/site/index.html"
+
+# After `make docs`; needs chromium (on Debian: apt-get update && apt-get install -y chromium).
+# SITE_SCREENSHOTS=folder make site-test keeps a picture of every page.
+site-test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS) tests/docs/browser.py
 
 # Leaves .venv alone; delete it to have it made anew.
 clean:

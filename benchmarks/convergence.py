@@ -197,6 +197,11 @@ def key(record: dict[str, Any]) -> str:
     return json.dumps([record[name] for name in ("task", "method", "keywords", "lr", "seed", "steps")])
 
 
+def read(path: Path) -> Records:
+    """What a file keeps: the last of each key."""
+    return {key(record): record for record in report.read_lines(path)}
+
+
 @cache
 def code_hash(method: str) -> str:
     """Of the source that decides a method's figures."""
@@ -280,6 +285,18 @@ class Plan:
         seeds = self.seeds_of(task)
         keys = [self.run(task, method, rate, seed).key for seed in seeds]
         return Result(method, [known[name] for name in keys if name in known], len(seeds))
+
+    def results(self, known: Records, task: str) -> dict[str, "Result"]:
+        """Of every method of the family, and of the baseline."""
+        return {method: self.result(known, task, method) for method in (BASELINE, *self.family.methods)}
+
+    def limit(self, results: dict[str, "Result"]) -> float:
+        """How much more loss than the reference's is as good as none."""
+        baseline = results[BASELINE]
+        if self.family.of_moments:
+            return stdev(baseline.losses.values()) if len(baseline.losses) > 1 else 0.0
+        gains = baseline.differences(results[self.reference])
+        return fmean(gains) / 4 if gains else 0.0
 
     def runs(self, known: Records) -> list[Run]:
         """Rates first, then seed by seed over all methods."""
@@ -405,8 +422,11 @@ class Result:
 
     def minus(self, other: "Result") -> tuple[float, float]:
         """The mean difference, seed by seed, and half its 95 % interval."""
-        seeds = self.losses.keys() & other.losses
-        return report.mean_and_error([self.losses[seed] - other.losses[seed] for seed in seeds])
+        return report.mean_and_error(self.differences(other))
+
+    def differences(self, other: "Result") -> list[float]:
+        """Seed by seed, of those that both have."""
+        return [self.losses[seed] - other.losses[seed] for seed in sorted(self.losses.keys() & other.losses)]
 
     def row(self, reference: "Result") -> dict[str, Any]:
         """Of the table."""
@@ -439,11 +459,10 @@ class Result:
 
 def summarize(plan: Plan, known: Records, image: Path) -> None:
     """Print tables and verdicts, and draw the plot."""
-    from benchmarks.plots import Dots, Panel, dot_plots  # matplotlib takes a second to import
+    from benchmarks import figures  # matplotlib takes a second to import
 
     if stale := sum(is_stale(record) for record in known.values()):
         print(f"Made with other code than is here: {stale} of the {len(known)} runs; --again tells what that changes.")
-    panels: list[Panel] = []
     compared: list[str] = []
     holds: dict[str, dict[str, list[bool]]] = {}  # method -> task -> whether each condition holds
     for task in plan.tasks:
@@ -451,7 +470,7 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
         for method in sorted({plan.tuned_with(method) for method in plan.methods}):
             runs = [run for run in plan.tuning(known, task, method)[0] if run.key in known]
             print(f"  {method}: " + (", ".join(f"{run.lr:g} -> {loss(known[run.key]):.4f}" for run in runs) or "none"))
-        results = {method: plan.result(known, task, method) for method in (BASELINE, *plan.family.methods)}
+        results = plan.results(known, task)
         baseline, reference, paper = results[BASELINE], results[plan.reference], results.get(PAPER)
         if not (baseline.losses and reference.losses):
             print("  nothing to compare without runs of both at their best rates")
@@ -459,12 +478,11 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
         shown = [results[method] for method in plan.methods if results[method].records]
         note = "bits: all that factors keep, per element of their squares; ±: half a 95 % interval, paired by seed"
         report.show(TASKS[task].title, [result.row(reference) for result in shown], note)
+        limit = plan.limit(results)
         if plan.family.of_moments:
-            limit = stdev(baseline.losses.values()) if len(baseline.losses) > 1 else 0.0
             print(f"standard deviation of {BASELINE} between seeds: {limit:.4f}")
         else:
             gain, error = baseline.minus(reference)
-            limit = gain / 4
             what = f"gain of {plan.reference} over tuned {BASELINE}"
             print(f"{what}: {gain:+.4f} ± {error:.4f}; a quarter of it: {limit:+.4f}")
             if gain <= error:
@@ -476,21 +494,17 @@ def summarize(plan: Plan, known: Records, image: Path) -> None:
                 verdict = result.verdict(limit, baseline, reference, paper)
                 holds.setdefault(result.method, {})[task] = list(verdict.values())
                 print(f"  {result.method}: " + "; ".join(f"{k}: {'yes' if v else 'NO'}" for k, v in verdict.items()))
-        band = (reference.mean, reference.mean + limit) if limit > 0 else None
         compared.append(task)
-        panels.append(Panel(TASKS[task].title, [Dots(r.label, list(r.losses.values()), r.color) for r in shown], band))
 
     against = f" / the mean against {PAPER}" if PAPER in plan.family.methods else ""
-    print(f"\nTasks, of {len(panels)}, on which the upper bound{against} is not shown to pass:")
+    print(f"\nTasks, of {len(compared)}, on which the upper bound{against} is not shown to pass:")
     for method, by_task in holds.items():
         fails = [[task for task in compared if by_task.get(task, [])[i : i + 1] != [True]] for i in range(2)]
         conditions = max(map(len, by_task.values()))
         print(f"  {method}: " + " / ".join(", ".join(names) or "none" for names in fails[:conditions]))
     print(f"{sum(run.key not in known for run in plan.runs(known))} runs are missing.")
-    if panels:
-        band = "the spread of AdamW" if plan.family.of_moments else f"a quarter of the gain of {plan.reference}"
-        note = f"Dots: runs. Bars: mean and standard deviation. Band: {band} above {plan.reference}."
-        dot_plots(panels, image, "final validation loss", note)
+    if compared:
+        figures.losses(plan, known).save(image)
         print(f"drawn in {image}")
 
 
@@ -518,7 +532,7 @@ def main() -> int:
     if unknown := set(methods) - {BASELINE, *family.methods}:
         parser.error(f"{', '.join(sorted(unknown))}: {args.family} has {BASELINE}, {', '.join(family.methods)}")
     plan = Plan(args.tasks, family, methods, args.seeds, args.steps)
-    known = {key(record): record for record in report.read_lines(args.results)}  # the last of each key
+    known = read(args.results)
     if args.summary:
         suffix = "" if args.family == "shampoo" else f"-{args.family}"
         summarize(plan, known, args.results.with_name(f"{args.results.stem}{suffix}.png"))

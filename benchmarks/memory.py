@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.report import RESULTS, keep, show
+from benchmarks.report import keep, show
 from lowbit_optim import AdamW, Shampoo, estimate, presets, state_bytes
 from lowbit_optim.peak import peak_bytes
-from lowbit_optim.planning import draw
 from lowbit_optim.shapes import MODELS, Shapes
 
 FEW, MOMENTS = {"base_bits": 4}, ", moments 4"
@@ -203,9 +202,9 @@ def main() -> None:
         "table 13, published for 8-bit AdamW at 64 and 128 sequences of 256 tokens beyond that, activations among it.",
     )
     keep("memory", {**{f"state {k}": v for k, v in found.items()}, "peak": of_steps, "LLaMA2-7B": paper})
-    # Of GPT-2 that one takes 200 bytes per parameter: nothing else could be seen beside it.
-    found = {k: [row for row in v if row["optimizer"] != "pytorch_optimizer Shampoo"] for k, v in found.items()}
-    draw(found, RESULTS / "memory.png")
+    from benchmarks import figures  # which imports this module
+
+    figures.draw("memory.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks' plots."""
+"""How the benchmarks' figures look; what they show is in figures.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Panel:
     band: tuple[float, float] | None
 
 
-def dot_plots(panels: list[Panel], path: Path, axis: str, note: str) -> None:
+def dot_plots(panels: list[Panel], axis: str, note: str, path: Path) -> None:
     """Draw the panels, two in a row, into a PNG."""
     lines = -(-len(panels) // 2)
     figure, axes = plt.subplots(lines, min(2, len(panels)), figsize=(11, 0.6 + 3.4 * lines), squeeze=False, dpi=130)
@@ -60,7 +60,6 @@ def dot_plots(panels: list[Panel], path: Path, axis: str, note: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     figure.text(0.01, 0.006, note, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 
@@ -108,7 +107,7 @@ def costs(points: list[tuple[str, float, float, bool]], floors: list[tuple[str, 
     _finish(figure, ax, path)
 
 
-def lines(panels: list[tuple[str, str, dict[str, list[tuple[float, float]]]]], path: Path, axis: str) -> None:
+def lines(panels: list[tuple[str, str, dict[str, list[tuple[float, float]]]]], axis: str, path: Path) -> None:
     """Draw panels of (title, what the sizes are, for each label its (size, time) points) into a PNG, in log-log."""
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.8), squeeze=False, dpi=120)
     for ax, (title, sizes, series) in zip(axes.flat, panels, strict=True):
@@ -129,6 +128,5 @@ def _finish(figure: Any, axes: Any, path: Path) -> None:
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -113,7 +113,6 @@ def main() -> None:
     }
     titles = {"layers": f"layers of {width} x {width}", "width": f"{depth} layers of width x width"}
     kept: dict[str, Rows] = {}
-    panels = []
     for name, shapes in sweeps.items():
         numel = {size: sum(a * b for a, b in layers) for size, layers in shapes.items()}
         found = sweep(shapes, args)
@@ -121,15 +120,12 @@ def main() -> None:
         report.show(f"{titles[name]}, {place}", figures)
         report.show(f"{titles[name]}: fitted", fits)
         kept |= {f"{name}{suffix}": figures, f"{name}, fitted{suffix}": fits}
-        panels.append(
-            (titles[name], name, {f"{label}, {kind}": list(own.items()) for (label, kind), own in found.items()})
-        )
     code = report.code_hash(__file__, methods.__file__, timing.__file__)
     how = {"environment": report.environment(), "code": code, "wait policy": os.environ["OMP_WAIT_POLICY"]} | vars(args)
     report.add("scaling", kept, how)
-    from benchmarks import plots  # matplotlib is not needed to measure
+    from benchmarks import figures  # matplotlib is not needed to measure
 
-    plots.lines(panels, report.RESULTS / ("scaling-cuda.png" if on_cuda else "scaling.png"), f"{at} of a step")
+    figures.draw("scaling-cuda.png" if on_cuda else "scaling.png")
 
 
 if __name__ == "__main__":

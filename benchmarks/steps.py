@@ -27,7 +27,6 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
@@ -285,21 +284,6 @@ def on(args: argparse.Namespace) -> str:
     return f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
 
 
-def draw(rows: Rows, at: str, path: Path) -> None:
-    """Amortised time against bytes of state."""
-    from benchmarks import plots  # matplotlib is not needed to measure
-
-    points, floors = [], []
-    for row in rows:
-        label, time = row["optimizer"], row[f"amortised 100/500, {at}"]
-        label += f" ({row['blocks']})" * (row["blocks"] != "whole")
-        if row["optimizer"] == FLOOR:
-            floors.append((label, time))
-        else:
-            points.append((label, row["bytes per parameter"], time, row["ours"]))
-    plots.costs(points, floors, at, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -330,11 +314,9 @@ def main() -> None:
         for name, rows in SECTIONS[section](args):
             report.add("steps", {name: rows}, how)
             if name == f"second-order, gpt{on(args)}":
-                draw(
-                    rows,
-                    unit(torch.device(args.device)),
-                    report.RESULTS / f"steps{'-cuda' * (args.device == 'cuda')}.png",
-                )
+                from benchmarks import figures  # matplotlib is not needed to measure
+
+                figures.draw(f"steps{'-cuda' * (args.device == 'cuda')}.png")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ from benchmarks.matrices import (
     top_ratio,
     uneven,
 )
-from benchmarks.plots import pareto
-from benchmarks.report import RESULTS, keep, show
+from benchmarks.report import keep, show
 from lowbit_optim.storage.factors import Factor
 
 STUDY_ORDER = 128  # above it, only the main forms and streams
@@ -181,6 +180,8 @@ def main() -> None:
     add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
     add("--drift-seeds", type=int, default=2, help="streams of the drift (default 2)")
     args = parser.parse_args()
+    from benchmarks import figures  # matplotlib is not needed to measure
+
     if 0 < args.drift_updates < 100 + WINDOW:
         parser.error(f"--drift-updates is {args.drift_updates}; it must be 0 or at least {100 + WINDOW}")
     torch.set_num_threads(1)  # waiting threads would count as CPU time
@@ -192,8 +193,7 @@ def main() -> None:
         if best:
             show(f"Least error within a budget of bits per element, order {order}", best)
         keep(f"storage-{order}", {"error": rows, "least": best}, vars(args))
-        points = [(r["form"], r["bits"], r[args.spectra[0]]) for r in rows]
-        pareto(points, f"order {order}, {args.spectra[0]}", RESULTS / f"storage-{order}.png")
+        figures.draw(f"storage-{order}.png")
     if args.drift_updates:
         rows = drift(args.drift_order, range(args.drift_seeds), args.drift_updates, args.spectra)
         show(f"Drift, order {args.drift_order}, mean of {args.drift_seeds} stream(s)", rows)

@@ -27,8 +27,11 @@ extensions = [
     "mathml",
     "figures",
     "results",
+    "back_links",
+    "checks",
 ]
-exclude_patterns = ["_ext", "**/README*", "tutorials"]  # sphinx-gallery writes the pages of tutorials/ into gallery/
+# sphinx-gallery writes the pages of tutorials/ into gallery/.
+exclude_patterns = ["_ext", "_templates", "**/README*", "tutorials"]
 suppress_warnings = ["config.cache"]  # sphinx-gallery's settings hold functions, which cannot be kept between builds
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]
@@ -64,3 +67,8 @@ html_title = "lowbit-optim"
 html_math_renderer = "mathml"  # browsers set MathML themselves: no script and no font from elsewhere
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
+templates_path = ["_templates"]
+html_domain_indices = False  # the index of names has modules, too

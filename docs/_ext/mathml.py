@@ -13,8 +13,7 @@ def inline(writer: Any, node: nodes.math) -> None:
 
 
 def display(writer: Any, node: nodes.math_block) -> None:
-    # A wide formula scrolls by itself, not the page.
-    writer.body.append(f'<div class="math" style="overflow-x: auto">{tex2mathml(node.astext(), as_block=True)}</div>')
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')  # site.css has it scroll
     raise nodes.SkipNode
 
 
