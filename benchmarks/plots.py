@@ -73,7 +73,7 @@ def pareto(points: list[tuple[str, float, float]], title: str, path: Path) -> No
         if error < best:
             best = error
             front.append((bits, error))
-        family = FAMILIES[3] if label.startswith(("root", "logarithm")) else FAMILIES[2]
+        family = FAMILIES[3] if label.startswith(("root", "logarithm", "spiked")) else FAMILIES[2]
         ax.plot(bits, error, "o", color=family, markersize=5)
         ax.annotate(label, (bits, error), xytext=(5, 3), textcoords="offset points", fontsize=7.5)
     ax.plot(*zip(*front, strict=True), color=FAMILIES[1], linewidth=1, linestyle=":", drawstyle="steps-post")

@@ -42,7 +42,7 @@ from lowbit_optim.storage.factors import Factor
 
 STUDY_ORDER = 128  # above it, only the main forms and streams
 BUDGETS = (4.2, 2.2)  # bits per element, everything counted, within which the least error is named
-DRIFT_FORMS = {"root": WIDTHS, "logarithm": (4, 2, 1)}
+DRIFT_FORMS = {"root": WIDTHS, "logarithm": (4, 2, 1), "spiked": (4, 2, 1)}
 WINDOW = 100  # updates that a figure of the drift is a mean over
 
 
@@ -54,7 +54,7 @@ def forms(order: int) -> dict[str, Factor]:
         "direct, naive": of_the_paper("direct"),
     }
     study = order <= STUDY_ORDER
-    few: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), "root": WIDTHS, "logarithm": (4, 2, 1)}
+    few: dict[str, tuple[float, ...]] = {"reflector": (4,), "cholesky": (4,), **DRIFT_FORMS}
     every = {"eigen": (8, 4, 3), **few, "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2)}
     for storage, budgets in (every if study else few).items():
         rows |= {f"{storage} {bits}": low_bit(storage, bits) for bits in budgets}
@@ -110,11 +110,14 @@ def streams(order: int, seeds: range, updates: int, spectra: list[str]) -> dict[
     return named
 
 
-def measure(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
-    """One row a form."""
+def measure(
+    order: int, seeds: range, updates: int, spectra: list[str], only: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """One row a form; of the storages in `only`, or of all."""
     rows: list[dict[str, Any]] = []
     dense: dict[str, float] = {}
-    for label, factor in track(forms(order).items(), f"order {order}", transient=True):
+    wanted = {label: f for label, f in forms(order).items() if only is None or label.split()[0] in ["dense", *only]}
+    for label, factor in track(wanted.items(), f"order {order}", transient=True):
         row: dict[str, Any] = {"form": label, "bits": bits_per_element(factor, order)}
         row["static"] = static_error(factor, log_spaced(order), seeds)
         seconds: list[float] = []
@@ -141,14 +144,17 @@ def least(rows: list[dict[str, Any]], spectra: list[str]) -> list[dict[str, Any]
     return best
 
 
-def drift(order: int, seeds: range, updates: int, spectra: list[str]) -> list[dict[str, Any]]:
+def drift(
+    order: int, seeds: range, updates: int, spectra: list[str], only: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Error and largest eigenvalue (over the true one) after 100 updates and after ``updates``.
 
     A figure is the mean over the streams and over every second of the 100 updates around 100, or before the last.
     """
     rows = []
     ends = (100 + WINDOW // 2, updates)
-    asked = [(storage, bits, spectrum) for storage, by in DRIFT_FORMS.items() for bits in by for spectrum in spectra]
+    wanted = {storage: by for storage, by in DRIFT_FORMS.items() if only is None or storage in only}
+    asked = [(storage, bits, spectrum) for storage, by in wanted.items() for bits in by for spectrum in spectra]
     for storage, bits, spectrum in track(asked, f"drift, order {order}", transient=True):
         factor = low_bit(storage, bits)
         state = factor.init(len(seeds), order, torch.float32, "cpu")
@@ -176,6 +182,7 @@ def main() -> None:
     add("--updates", type=int, default=300, help="updates of each stream (default 300)")
     add("--seeds", type=int, default=1, help="streams per figure (default 1)")
     add("--spectra", nargs="+", default=list(SPECTRA), choices=list(SPECTRA), help="default all")
+    add("--only", nargs="+", metavar="STORAGE", help="of these storages and dense, into files named after them")
     add("--drift-order", type=int, default=128, help="order of the drift's matrices (default 128)")
     add("--drift-updates", type=int, default=1000, help="updates of the drift, 0 for none (default 1000)")
     add("--drift-seeds", type=int, default=2, help="streams of the drift (default 2)")
@@ -186,18 +193,21 @@ def main() -> None:
         parser.error(f"--drift-updates is {args.drift_updates}; it must be 0 or at least {100 + WINDOW}")
     torch.set_num_threads(1)  # waiting threads would count as CPU time
     seeds = range(args.seeds)
+    suffix = "".join(f"-{storage}" for storage in args.only or ())
     for order in args.orders:
-        rows = measure(order, seeds, args.updates, args.spectra)
-        best = least(rows, args.spectra) if order > STUDY_ORDER else []  # below, diagonals weigh too much
+        rows = measure(order, seeds, args.updates, args.spectra, args.only)
+        # At small orders diagonals weigh too much.
+        best = least(rows, args.spectra) if order > STUDY_ORDER and args.only is None else []
         show(f"Error of A^(-1/4) at order {order}, {args.updates} updates, mean of {args.seeds} stream(s)", rows)
         if best:
             show(f"Least error within a budget of bits per element, order {order}", best)
-        keep(f"storage-{order}", {"error": rows, "least": best}, vars(args))
-        figures.draw(f"storage-{order}.png")
+        keep(f"storage-{order}{suffix}", {"error": rows, "least": best}, vars(args))
+        if args.only is None:
+            figures.draw(f"storage-{order}.png")
     if args.drift_updates:
-        rows = drift(args.drift_order, range(args.drift_seeds), args.drift_updates, args.spectra)
+        rows = drift(args.drift_order, range(args.drift_seeds), args.drift_updates, args.spectra, args.only)
         show(f"Drift, order {args.drift_order}, mean of {args.drift_seeds} stream(s)", rows)
-        keep(f"storage-drift-{args.drift_order}", {"drift": rows}, vars(args))
+        keep(f"storage-drift-{args.drift_order}{suffix}", {"drift": rows}, vars(args))
 
 
 if __name__ == "__main__":

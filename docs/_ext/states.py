@@ -29,7 +29,8 @@ MATRICES = {
     "logarithm": "-log(A / rms²)",
     "cholesky": "the lower triangle C with C Cᵀ = A",
     "error": "what rounding C has lost, to be given back",
-    "eigenvectors": "the eigenvectors of A; storage `reflector`: their Householder reflectors",
+    "eigenvectors": "the eigenvectors of A; storage `reflector`: their Householder reflectors; storage `spiked`: "
+    "those that are kept, all in one row",
     "basis": "the eigenbasis that gradients are turned into; basis `reflector`: its Householder reflectors",
     "exp_avg": "the first moment",
     "exp_avg_sq": "the second moment",
@@ -51,6 +52,7 @@ OTHERS = {
     "rms": "the root of tr(A) / n, the scale of the factor",
     "ridge": "the damping that is in the root, which is taken off when A is read",
     "eigenvalues": "the eigenvalues of A, in the order of the eigenvectors",
+    "rest": "the one number in the place of all other eigenvalues, for storage `spiked`",
     "updates": "statistics since the first that was not zero; of `moment`: gradients",
     "previous_norm": "(tr M)^(1/2) of the last statistic M",
     "failures": "updates and roots that failed, for which the last good one was kept",

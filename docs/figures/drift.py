@@ -21,7 +21,7 @@ class Forgetful(Root):
 
     lowest: float = 1e-6  # to which eigenvalues are raised, relative to the largest
 
-    def _read(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
+    def _statistic_of(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
         return inverse_power(x, self._q, self.lowest, ridge, None)
 
 

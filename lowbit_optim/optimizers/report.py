@@ -16,7 +16,7 @@ KINDS = ("statistics", "roots", "bases", "moments", "scales", "counters", "other
 _COUNTERS = {"step", "nonfinite", "updates", "failures", "turns"}
 _SCALES = {"scales", "scale_maxima", "ridge", "rest", "previous_norm", "absmax1", "absmax2", "qmap1", "qmap2"}
 _OF_OTHERS = {"GG": "statistics", "Q": "bases"}  # SOAP, as its authors and others call them
-# By the first part of a name in a factor's state. What "root" and "logarithm" keep is the statistic as well.
+# By the first part of a name in a factor's state. What "root", "logarithm" and "spiked" keep is statistic and root.
 _OF_A_FACTOR = {
     "statistic": "statistics",
     "eigenvalues": "statistics",
@@ -92,7 +92,7 @@ def state_bytes(optimizer: Optimizer) -> dict[str, int]:
         Bytes by kind, and of them all:
 
         * "statistics": averages of which roots are made, in whatever form (dense, eigenvalues and eigenvectors,
-          Cholesky factors with their error);
+          Cholesky factors with their error); what storage "spiked" keeps for both counts here;
         * "roots": inverse roots. Storages "root" and "logarithm" keep one matrix only, which is the statistic as well:
           it counts here, and "statistics" is 0;
         * "bases": eigenbases that SOAP and EKFAC keep beside the statistics;

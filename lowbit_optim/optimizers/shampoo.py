@@ -49,9 +49,11 @@ class Shampoo(SecondOrder):
         base_bits: of each number of the base's moments: 32 (torch's own optimizer), or 8 or 4 (:class:`AdamW`,
             :class:`SGD` or :class:`Adagrad` of this library). Default 32.
         bits: code bits per element of each stored n x n matrix: 32, 16, 8, 4, 3, 2, 1.5 or 1. A symmetric matrix spends
-            them on one triangle. 32 keeps everything dense in float32 (float64 for float64 parameters). Default 2.
+            them on one triangle, "spiked" under 4 on so many eigenvectors fewer. 32 keeps everything dense in float32
+            (float64 for float64 parameters). Default 2.
         storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "logarithm"
-            (only the logarithm: steadier at few bits, dearer in every step), "eigen" (the paper's rectified
+            (only the logarithm: steadier at few bits, dearer in every step), "spiked" (a bits/4 part of the
+            eigenvectors, the rest flat: best at 1 bit, dearer in every step), "eigen" (the paper's rectified
             eigenvectors; 3 bits and more), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
             "cholesky-feedback" (a Cholesky factor, without and with error feedback), "direct" (the matrices
             themselves), "dense" (bits=32). Default "root".
@@ -62,8 +64,8 @@ class Shampoo(SecondOrder):
         max_preconditioner_dim: longer sides are split into equal blocks. Default 1200.
         min_quant_size: a factor with fewer elements keeps its form, but in float32. Default 4096.
         statistics_frequency: steps between statistics updates (T1). Default 100.
-        precondition_frequency: steps between root updates (T2). Storages "root" and "logarithm" have one period,
-            ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that period
+        precondition_frequency: steps between root updates (T2). Storages "root", "logarithm" and "spiked" have one
+            period, ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that period
             for them, else 500. The first root comes with the first such step: until then the base runs alone.
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
         shampoo_beta: decay of the statistics. Default None: 0.95, but 0.8 for factors in codes of bits=1, for what
@@ -80,7 +82,8 @@ class Shampoo(SecondOrder):
         apply_dtype: "bfloat16" applies roots to gradients in bfloat16; statistics and roots are computed as without it.
             Default None: float32 (float64 for float64 parameters).
         stagger: let blocks take turns: each updates its factors at a step of its own of the ``statistics_frequency``
-            steps, so that no step does the work of all. For storages "root" and "logarithm". Default False.
+            steps, so that no step does the work of all. For storages "root", "logarithm" and "spiked".
+            Default False.
         workspace: bytes of temporary tensors to aim at. Default 256 MiB.
         process_group: processes that train with equal gradients (DDP) and share the work: each block's factors are on
             one of them. Then ``state_dict()`` and ``load_state_dict()`` are for all of them together. Default None:
