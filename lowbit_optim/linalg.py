@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -239,6 +239,39 @@ def _eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 def matrix_power(values: Tensor, vectors: Tensor, exponent: float) -> Tensor:
     """V diag(lambda)^exponent V^T, symmetric up to rounding: [k, n] and [k, n, n] to [k, n, n]."""
     return compose(powers(values, exponent / 2), vectors)
+
+
+class Spikes(NamedTuple):
+    """Symmetric matrices c I - H^T H of few rows H, whose products with others take fewer multiplications so.
+
+    Attributes:
+        rest: c, [k].
+        half: H, [k, m, n].
+    """
+
+    rest: Tensor
+    half: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Spikes":
+        """In another dtype."""
+        return Spikes(self.rest.to(dtype), self.half.to(dtype))
+
+
+def left_product(root: Tensor | Spikes, x: Tensor, out: Tensor) -> Tensor:
+    """root X, of [k, n, n] and [k, n, c], in ``out``."""
+    if isinstance(root, Tensor):
+        return torch.bmm(root, x, out=out)
+    torch.mul(x, each(root.rest, x), out=out)
+    return out.baddbmm_(root.half.mT, root.half @ x, alpha=-1)
+
+
+def right_product(x: Tensor, root: Tensor | Spikes, out: Tensor, *, add: bool = False) -> Tensor:
+    """X root, of [k, r, n] and [k, n, n], in ``out``, or added to it."""
+    if isinstance(root, Tensor):
+        return out.baddbmm_(x, root) if add else torch.bmm(x, root, out=out)
+    flat = each(root.rest, x)
+    out = out.addcmul_(x, flat) if add else torch.mul(x, flat, out=out)
+    return out.baddbmm_(x @ root.half.mT, root.half, alpha=-1)
 
 
 def compose(roots: Tensor, vectors: Tensor) -> Tensor:

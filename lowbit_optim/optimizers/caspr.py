@@ -1,8 +1,8 @@
 """CASPR over any first-order optimizer, with its factors in low-bit storage."""
 
-import torch
 from torch import Tensor
 
+from lowbit_optim.linalg import left_product, right_product
 from lowbit_optim.optimizers.shampoo import Shampoo, ShampooPreconditioner
 from lowbit_optim.preconditioners.kronecker import Root
 
@@ -14,10 +14,10 @@ class CASPRPreconditioner(ShampooPreconditioner):
         largest = left[1].maximum(right[1])
         shares = [(scale / largest / 2).to(gradient.dtype)[:, None, None] for _, scale in (left, right)]
         for x, y in ((gradient, temporary), (temporary, gradient)):  # y <- (L x + x R) / (2 largest)
-            torch.bmm(left[0], x, out=y)
+            left_product(left[0], x, out=y)
             y *= shares[0]
             x *= shares[1]
-            y.baddbmm_(x, right[0])
+            right_product(x, right[0], out=y, add=True)
         return gradient, [largest, largest]
 
 

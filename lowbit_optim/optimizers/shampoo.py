@@ -65,8 +65,8 @@ class Shampoo(SecondOrder):
         min_quant_size: a factor with fewer elements keeps its form, but in float32. Default 4096.
         statistics_frequency: steps between statistics updates (T1). Default 100.
         precondition_frequency: steps between root updates (T2). Storages "root", "logarithm" and "spiked" have one
-            period, ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that period
-            for them, else 500. The first root comes with the first such step: until then the base runs alone.
+            period, ``statistics_frequency``, and take None or that number only (with bits=32 any). Default None: that
+            period for them, else 500. The first root comes with the first such step: until then the base runs alone.
         start_preconditioning_step: before this step of a parameter the base optimizer runs alone. Default 1.
         shampoo_beta: decay of the statistics. Default None: 0.95, but 0.8 for factors in codes of bits=1, for what
             rounding leaves in an average has to decay, too.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit_optim.blocking import Blocking, Stack, blocking
 from lowbit_optim.distributed import Runs, Team, Unit
-from lowbit_optim.linalg import full_precision, powers
+from lowbit_optim.linalg import full_precision, left_product, powers, right_product
 from lowbit_optim.preconditioners.buckets import (
     SIDES,
     Bucket,
@@ -71,7 +71,7 @@ _FORM_SETTINGS = {
 Group = dict[str, Any]
 B = TypeVar("B", bound=Bucket)
 Statistics = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-Root = tuple[Tensor, Tensor]  # X and s, of s X
+Root = tuple[Any, Tensor]  # X, a tensor or ``Spikes``, and s, of s X
 
 
 @lru_cache
@@ -147,15 +147,15 @@ class KroneckerPreconditioner(ABC):
         """The preconditioned blocks from the roots.
 
         Args:
-            left, right: (X, s), [k, r, r] or [k, c, c] and [k]: the root is s X.
+            left, right: (X, s), [k, r, r] or [k, c, c], perhaps in factors, and [k]: the root is s X.
             gradient: the blocks [k, r, c] in the dtype of the roots; may be overwritten.
             temporary: room for as much.
 
         Returns:
             (Y [k, r, c], factors, each [k]): the preconditioned blocks are their product times Y.
         """
-        torch.bmm(left[0], gradient, out=temporary)
-        return torch.bmm(temporary, right[0], out=gradient), [left[1], right[1]]
+        left_product(left[0], gradient, out=temporary)
+        return right_product(temporary, right[0], out=gradient), [left[1], right[1]]
 
     def precondition(
         self, part: Bucket, stack: Stack, start: int, stop: int, gradient: Tensor, magnitude: Tensor
@@ -174,7 +174,7 @@ class KroneckerPreconditioner(ABC):
         roots = []
         for (side, factor), out in zip(part.forms.sides(), rooms, strict=True):
             state = stack.read(side, start, stop, factor.root_needs)
-            x, scale = factor.scaled_root(state, part.dtype, out)
+            x, scale = factor.factored_root(state, part.dtype, out)
             roots.append((x.to(dtype), scale))
         if part.in_turns:
             roots = [

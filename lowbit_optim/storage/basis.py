@@ -58,6 +58,8 @@ class Basis:
         basis = self.root(state, dtype)
         return basis, torch.ones_like(basis[:, 0, 0])
 
+    factored_root = scaled_root
+
     def rounding_error(self, state: State) -> None:
         """Not estimated of a basis."""
         return

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import each, everywhere, finite, largest_magnitude, power_of_two, symmetrize, trace
+from lowbit_optim.linalg import Spikes, each, everywhere, finite, largest_magnitude, power_of_two, symmetrize, trace
 from lowbit_optim.roots import inverse_root
 from lowbit_optim.storage.blockwise import Parts
 from lowbit_optim.storage.symmetric import Symmetric
@@ -96,6 +96,12 @@ class Factor(ABC):
         Returns:
             (the matrices [k, n, n], which may be ``out``; the number of each, [k] in ``dtype``, from 1e-30 to 1e30).
         """
+
+    def factored_root(
+        self, state: State, dtype: torch.dtype, out: Tensor | None = None
+    ) -> tuple[Tensor | Spikes, Tensor]:
+        """As ``scaled_root``, or in factors, where the root has fewer numbers so."""
+        return self.scaled_root(state, dtype, out)
 
     def root(self, state: State, dtype: torch.dtype) -> Tensor:
         """A^(-1/p) as of the last refresh, [k, n, n] in ``dtype``."""

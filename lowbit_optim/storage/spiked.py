@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_optim.linalg import add_to_diagonal, compose, damped, eigh, finite, powers, rectify
+from lowbit_optim.linalg import Spikes, add_to_diagonal, compose, damped, eigh, finite, powers, rectify
 from lowbit_optim.roots import with_sum
 from lowbit_optim.storage.blockwise import Codec, decode, encode, rounding_error
 from lowbit_optim.storage.factors import State, put, take
@@ -47,12 +47,16 @@ class Spiked(Scaled):
         return min(order, _STEP * math.ceil(self.share * order / _STEP))
 
     def scaled_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        (rest, half), scale = self.factored_root(state, dtype)
+        root = add_to_diagonal(-(half.mT @ half), rest)
+        return root if out is None else out.copy_(root), scale
+
+    def factored_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Spikes, Tensor]:
         roots = powers(state["eigenvalues"].to(dtype), -1 / self.power)
         rest = powers(state["rest"].to(dtype), -1 / self.power)
-        w = self._eigenvectors(state, dtype)
-        root = -compose((rest.unsqueeze(-1) - roots).clamp(min=0).sqrt(), w.mT)
-        add_to_diagonal(root, rest)
-        return root if out is None else out.copy_(root), self._root_scale(state, dtype)
+        half = self._eigenvectors(state, dtype)
+        half *= (rest.unsqueeze(-1) - roots).clamp(min=0).sqrt().unsqueeze(-1)
+        return Spikes(rest, half), self._root_scale(state, dtype)
 
     def rounding_error(self, state: State) -> Tensor:
         roots = powers(state["eigenvalues"], -1 / self.power)
