@@ -28,8 +28,8 @@ def param_groups(
         model: the module; before it is wrapped, if names are given.
         weight_decay: of the groups that have it. Default 0.01.
         leave_to_base: names of modules or parameters, with all that is below them ("head", "encoder.layers.0",
-            "pos_embed"), to be left to the base beside the embeddings; an empty tuple leaves out the guess of the last
-            ``nn.Linear``, too. Default None.
+            "pos_embed"), to be left to the base beside the embeddings. Where it is given, if only as an empty tuple,
+            the last ``nn.Linear`` is not guessed: name the head, too. Default None.
 
     Returns:
         Groups in the order above, without those that would be empty: {"params": [(name, parameter), ...],

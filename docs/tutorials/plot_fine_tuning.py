@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowbit_optim import AdamW, Shampoo, estimate, state_bytes
+from lowbit_optim.shapes import gpt2
 
 digits = load_digits()
 order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
@@ -73,17 +74,11 @@ print(f"digits 0 to 4, unseen: loss {losses[0]:.3f} before, {losses[-1]:.3f} aft
 # ------------------
 #
 # ``estimate`` counts the state of an optimizer without making it. Here are this network, and GPT-2 as an example of
-# something larger, by the shapes of its matrices.
+# something larger, by its shapes.
 
-width = 768
-gpt2 = {"embedding": (50257, width), "places": (1024, width)}
-for i in range(12):
-    gpt2 |= {f"{i}.qkv": (width, 3 * width), f"{i}.out": (width, width)}
-    gpt2 |= {f"{i}.up": (width, 4 * width), f"{i}.down": (4 * width, width)}
-
-print(f"{'':16}{'this network':>24}{'matrices of GPT-2':>24}")
+print(f"{'':16}{'this network':>24}{'GPT-2 124M':>24}")
 for bits in (32, 8, 4):
-    ours, larger = estimate(model, "adamw", bits=bits), estimate(gpt2, "adamw", bits=bits)
+    ours, larger = estimate(model, "adamw", bits=bits), estimate(gpt2(), "adamw", bits=bits)
     cells = (f"{x.state / 1e6:9.3f} MB, {x.bytes_per_parameter:5.2f} each" for x in (ours, larger))
     print(f"{f'AdamW, {bits} bits':16}" + "".join(f"{cell:>24}" for cell in cells))
 

@@ -230,7 +230,8 @@ class KFAC(SecondOrder):
         sharing: what the positions of a sequence or image are. "expand": rows of their own. "reduce": inputs are
             averaged and gradients summed over them. Default "expand".
         grad_scale: called when gradients arrive; what the loss was multiplied with, as ``GradScaler.get_scale``.
-            Needed with graft=False or absolute damping only. Default None: 1.
+            Needed with graft=False or absolute damping; else it keeps a scale that changes from weighing statistics.
+            Default None: 1.
         orthogonal_iterations: QR iterations per update of storage "eigen". Default 2.
         process_group, replicate, exchange_dtype: as for :class:`Shampoo`. Statistics are those of the batches of all
             processes of the group, also with ``replicate``; without one, of a ``DistributedDataParallel`` model's.

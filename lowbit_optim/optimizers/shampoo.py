@@ -53,7 +53,7 @@ class Shampoo(SecondOrder):
             (float64 for float64 parameters). Default 2.
         storage: what is kept of a factor: "root" (only the inverse root, which is the statistic as well), "logarithm"
             (only the logarithm: steadier at few bits, dearer in every step), "spiked" (a bits/4 part of the
-            eigenvectors, the rest flat: best at 1 bit, dearer in every step), "eigen" (the paper's rectified
+            eigenvectors, the rest flat: for 1 bit), "eigen" (the paper's rectified
             eigenvectors; 3 bits and more), "reflector" (eigenvectors as Householder reflectors), "cholesky" and
             "cholesky-feedback" (a Cholesky factor, without and with error feedback), "direct" (the matrices
             themselves), "dense" (bits=32). Default "root".
