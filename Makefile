@@ -42,9 +42,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.recursive_error
 
 # Warnings are errors: a broken link, a missing page, a page that no other leads to. From nothing, because Sphinx leaves
-# pages there that are gone, and warns once only of those that it has read.
+# pages there that are gone, and runs no tutorial again that has not changed itself.
 docs: $(STAMP)
-	rm -rf build/site
+	rm -rf build/site docs/gallery
 	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going docs build/site
 	@echo "build/site/index.html"
 
@@ -55,5 +55,5 @@ site-test: $(STAMP)
 
 # Leaves .venv alone; delete it to have it made anew.
 clean:
-	rm -rf build dist docs/gallery *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find benchmarks kernels lowbit_optim tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist docs/gallery docs/figures/drawn *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find benchmarks docs kernels lowbit_optim tests -type d -name __pycache__ -prune -exec rm -rf {} +

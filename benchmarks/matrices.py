@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit_optim.presets import WANG2024
 from lowbit_optim.storage.budget import BITS, form
 from lowbit_optim.storage.factors import Factor, State
-from lowbit_optim.storage.root import Root
+from lowbit_optim.storage.root import Scaled
 
 DECAY = 0.95
 WIDTHS = tuple(bits for bits in BITS if bits <= 8)
@@ -111,10 +111,10 @@ def averages(stream: Iterable[Tensor], initial_scale: float = 0.0) -> Iterator[t
 
 
 def exact_root(a: Tensor, factor: Factor) -> Tensor:
-    """A^(-1/4) by the form's own rule: the root form raises eigenvalues to eps lambda_max, the others add that."""
+    """A^(-1/4) by the form's own rule: those of one period raise eigenvalues to eps lambda_max, the others add that."""
     values, vectors = torch.linalg.eigh(a)
     floor = factor.eps * values.amax(-1, keepdim=True)
-    return power(values.maximum(floor) if isinstance(factor, Root) else values.clamp(min=0) + floor, vectors, -1 / 4)
+    return power(values.maximum(floor) if isinstance(factor, Scaled) else values.clamp(min=0) + floor, vectors, -1 / 4)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> Tensor:

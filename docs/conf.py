@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # the tutorials' figures are the same on every machine that rounds alike
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]  # our extensions; benchmarks/, whose tables they make
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type] # the folder there is not the package of that name
 
 project = "lowbit-optim"
 author = "The lowbit-optim authors"

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lowbit_optim.checkpoint.rotation import newest_in
 from lowbit_optim.checkpoint.tensors import DTYPE_NAMES
 from lowbit_optim.optimizers.report import aligned
 from lowbit_optim.preconditioners.buckets import SIDES
+from lowbit_optim.storage.spiked import order_of
 
 _PARTS = {"codes", "scales", "scale_maxima", "diagonal", "values"}  # of one matrix or moment
 _SQUARES = {"statistic", "eigenvectors", "cholesky", "root", "logarithm", "basis"}  # matrices of a factor
@@ -175,6 +177,10 @@ def _explain_factor(own: list[Row], codec: Mapping[str, Any]) -> None:
     matrices = {entry.name: entry.key.split(".")[1] for entry in own}
     names = set(matrices.values())
     order = next((e.shape[-1] for e in own if _last(e.key) in ("diagonal", "eigenvalues", "statistic") and e.shape), 0)
+    if "rest" in names:  # which has fewer eigenvalues
+        shapes = {entry.key.partition(".")[2]: entry.shape for entry in own}
+        with suppress(KeyError, IndexError, ZeroDivisionError):  # of a file that nobody here has written
+            order = order_of(shapes, (_quantization(codec, "eigenvectors") or {}).get("bits"))
     # A form with one matrix stands for the statistic and the root, but beside a basis, where nobody asks for a root.
     alone = "rms" in names and "basis" not in names
     counted = set()

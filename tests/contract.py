@@ -47,6 +47,7 @@ OPTIMIZERS = {
         Shampoo, **{**presets.WANG2024, **small, "precondition_frequency": 4}, weight_decay=0.1
     ),
     "shampoo-low-bit-base": of_parameters(Shampoo, **small, base_bits=4),
+    "shampoo-spiked": of_parameters(Shampoo, **small, bits=2, storage="spiked"),
     "caspr": of_parameters(CASPR, **small),
     "soap": of_parameters(SOAP, lr=0.01, min_quant_size=256, precondition_frequency=2),
     "soap-eigen": of_parameters(
@@ -60,6 +61,7 @@ LAYERED = {
     "kfac-absolute": of_a_model(KFAC, **small, damping_rule="absolute", graft=False, sharing="reduce", bits=4),
     "adabk": of_a_model(AdaBK, **small),
     "adabk-logarithm": of_a_model(AdaBK, **small, base="adagrad", storage="logarithm"),
+    "adabk-spiked": of_a_model(AdaBK, **small, bits=1, storage="spiked"),
     "ekfac": of_a_model(EKFAC, **small),
     "ekfac-low-bit-base": of_a_model(EKFAC, **small, base="adagrad", base_bits=8),
     "ekfac-eigen": of_a_model(

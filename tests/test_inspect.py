@@ -52,7 +52,9 @@ def test_every_tensor_with_its_bytes(inspect, tmp_path, name):
     assert sum(total["bytes"] for total in keyed) == totals["optimizer", "all"]["bytes"]
 
 
-@pytest.mark.parametrize("storage", ["root", "logarithm", "direct", "cholesky-feedback", "reflector", "eigen"])
+@pytest.mark.parametrize(
+    "storage", ["root", "logarithm", "spiked", "direct", "cholesky-feedback", "reflector", "eigen"]
+)
 def test_the_ratio_is_to_the_dense_optimizer(inspect, tmp_path, storage):
     """Whose bytes are those of a real one, of statistics, roots and moments; counters and scales are small."""
     saved(tmp_path, lambda m: shampoo(m, storage=storage, base_bits=8))

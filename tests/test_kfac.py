@@ -631,7 +631,7 @@ def test_a_bias_that_comes_later_stays_with_the_base():
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
 
 
-@pytest.mark.parametrize("storage", ["root", "logarithm"])
+@pytest.mark.parametrize("storage", ["root", "logarithm", "spiked"])
 @pytest.mark.parametrize("bits", [16, 4, 2])
 def test_a_loss_that_was_tiny_does_not_stop_updates_for_good(storage, bits):
     """Beside absolute damping nothing of its factor is left, and none of it is needed."""

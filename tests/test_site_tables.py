@@ -1,17 +1,16 @@
 """The tables that the site makes of benchmarks/results: docs/_ext/results.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from docutils.core import publish_doctree
-from docutils.parsers.rst import directives
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+from tests.extensions import extension
 
-import results  # noqa: E402
+results = extension("results")
+
+from docutils.core import publish_doctree  # noqa: E402 - comes with Sphinx, which may not be there
+from docutils.parsers.rst import directives  # noqa: E402
 
 DATA = {
     "environment": {

@@ -51,7 +51,11 @@ def updates(optimizer):
 
 
 @pytest.mark.parametrize("make", [Shampoo, CASPR])
-@pytest.mark.parametrize("settings", [{}, {"bits": 32}, {"storage": "logarithm", "bits": 2}], ids=["4", "32", "log"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": 32}, {"storage": "logarithm", "bits": 2}, {"storage": "spiked", "bits": 2}],
+    ids=["4", "32", "log", "spiked"],
+)
 def test_turns(make, settings):
     counts = []
     for steps in range(1, 2 * PERIOD + 1):

@@ -4,6 +4,7 @@ viewcode takes the first module by which anything of a source file is documented
 are looked up here.
 """
 
+import posixpath
 import re
 from typing import Any
 
@@ -23,10 +24,10 @@ def mend(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doc
         page, name = link.groups()
         if name in documented:
             return link[0]
-        parts = name.split(".")
+        parts, target = name.split("."), posixpath.normpath(posixpath.join(posixpath.dirname(pagename), page))
         for i in range(1, len(parts)):  # the longest end that is documented on that page
             for other, entry in documented.items():
-                if other.endswith("." + ".".join(parts[i:])) and page.endswith(f"{entry.docname}.html"):
+                if other.endswith("." + ".".join(parts[i:])) and target == f"{entry.docname}.html":
                     return f"{page}#{entry.node_id}"
         return link[0]
 

@@ -88,17 +88,13 @@ def draw_all(app: Sphinx) -> None:
     for name in scripts:
         if f"drawn/{name}." not in pages:
             raise ExtensionError(f"docs/figures/{name}.py: no page shows it")
-    before = sys.path.copy()
-    sys.path[:0] = [str(ROOT), str(DOCS / "figures")]  # for benchmarks, and for the scripts
-    try:
-        for name in scripts:
-            logger.info("drawing %s", name)
-            try:
-                _draw(name)
-            except Exception as error:
-                raise ExtensionError(f"docs/figures/{name}.py: {error!r}", error) from error
-    finally:
-        sys.path[:] = before  # where others would take the folder kernels/ for another package
+    sys.path.insert(0, str(DOCS / "figures"))
+    for name in scripts:
+        logger.info("drawing %s", name)
+        try:
+            _draw(name)
+        except Exception as error:
+            raise ExtensionError(f"docs/figures/{name}.py: {error!r}", error) from error
 
 
 def _draw(name: str) -> None:

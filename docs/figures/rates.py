@@ -6,6 +6,8 @@ from figures import BLUE, GREY, ORANGE, WIDTH, runs
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
+from benchmarks.convergence import TUNING_SEED
+
 TASKS = {
     "digits-mlp": "digits, MLP",
     "fashion-convnet": "Fashion, ConvNet",
@@ -21,7 +23,7 @@ LINES = {
 def draw() -> Figure:
     found: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for run in runs("convergence"):
-        if run["seed"] == 0 and run["validation_loss"] is not None:
+        if run["seed"] == TUNING_SEED and run["validation_loss"] is not None:
             found[run["task"], run["method"]][run["lr"]] = run["validation_loss"]
     figure = Figure(figsize=(WIDTH, 4.6))
     grid = figure.subplots(2, 2).flat

@@ -40,7 +40,7 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         tensor = host_copy(tensor)
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # one number may have any stride
 
 
 def raw_view(tensor: torch.Tensor) -> memoryview:

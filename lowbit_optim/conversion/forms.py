@@ -19,6 +19,7 @@ from lowbit_optim.storage.basis import Basis
 from lowbit_optim.storage.budget import ONE_PERIOD, STORAGES
 from lowbit_optim.storage.factors import Direct, Factor, State, put, take
 from lowbit_optim.storage.moment import Moment
+from lowbit_optim.storage.spiked import Spiked
 
 _ROOM = 2**24  # numbers of the matrices that are converted together
 
@@ -187,7 +188,9 @@ def _factors(
     states = {side: take(side, own) for side in SIDES}
     wide = wide or any(part.dtype == torch.float64 for state in states.values() for part in state.values())
     dtype = torch.float64 if wide else torch.float32
-    orders = {side: _order(state) for side, state in states.items()}
+    coded = preconditioner.form(group, _ROOM)  # of any factor that is not too small for codes
+    coded = coded.factor if isinstance(coded, Basis) else coded
+    orders = {side: _order(state, coded) for side, state in states.items()}
     old, new = (
         Forms(preconditioner.form(settings, orders["left"]), preconditioner.form(settings, orders["right"]))
         for settings in (group, changed)
@@ -220,8 +223,10 @@ def _factors(
     return factors, {side: form.describe() for side, form in new.sides()}, turned
 
 
-def _order(state: State) -> int:
-    """n of a factor, which a tensor of every form tells."""
+def _order(state: State, coded: Any) -> int:
+    """n of a factor, which its tensors tell; ``coded`` is its form, if it has codes."""
+    if "rest" in state and isinstance(coded, Spiked):  # which has fewer eigenvalues
+        return coded.order(state)
     for name, part in state.items():
         if name in ("statistic", "eigenvalues") or name.endswith(".diagonal"):
             return part.shape[-1]

@@ -1,6 +1,7 @@
 """A factor as its largest eigenvalues with their eigenvectors, and one number for all the others."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,18 +62,22 @@ class Spiked(Scaled):
     def rounding_error(self, state: State) -> Tensor:
         roots = powers(state["eigenvalues"], -1 / self.power)
         rest = powers(state["rest"], -1 / self.power).unsqueeze(-1)
-        count, order = roots.shape[-1], self._order(state)
+        count, order = roots.shape[-1], self.order(state)
         errors = rounding_error(take("eigenvectors", state), self.vectors, count * order).unflatten(-1, (count, order))
-        # An error d of v changes the root by (c - x) (d v^T + v d^T), in two places of the square.
-        error = (2 * (rest - roots).square() * errors.square().sum(-1)).sum(-1).sqrt()
+        spread = errors.square().mean(-1)  # of each direction that a vector may err in
+        # Into the rest that changes the root by (c - x) (d v^T + v d^T); into another kept vector by the difference of
+        # their roots instead, and rectifying leaves the antisymmetric half of such errors.
+        into_rest = 2 * (order - count) * (rest - roots).square() * spread
+        among = spread * (roots.unsqueeze(-1) - roots.unsqueeze(-2)).square().sum(-1) / 2
+        error = (into_rest + among).sum(-1).sqrt()
         return error / (roots.square().sum(-1) + (order - count) * rest.squeeze(-1).square()).sqrt()
 
     def _start(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         count = self.count(order)
-        values = torch.ones(blocks, count, dtype=torch.float32, device=device)
+        values, rest = (torch.ones(shape, dtype=torch.float32, device=device) for shape in ((blocks, count), (blocks,)))
         w = torch.eye(count, order, dtype=dtype, device=device).flatten()[None]
         parts = {name: part.repeat(blocks, 1) for name, part in encode(w, self.vectors).items()}
-        return {"eigenvalues": values, "rest": torch.ones_like(values[:, 0])} | put("eigenvectors", parts)
+        return {"eigenvalues": values, "rest": rest} | put("eigenvectors", parts)
 
     def _write(self, a: Tensor) -> tuple[State, Tensor]:
         values, vectors, ok = eigh(a)
@@ -86,7 +91,7 @@ class Spiked(Scaled):
 
     def _read(self, state: State, dtype: torch.dtype, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
         top, rest = state["eigenvalues"].to(dtype), state["rest"].to(dtype).unsqueeze(-1)
-        count, order = top.shape[-1], self._order(state)
+        count, order = top.shape[-1], self.order(state)
         values = torch.cat([top, rest.expand(-1, order - count)], -1)
         if ridge is not None:
             values = (values - ridge.unsqueeze(-1)).clamp(min=0)
@@ -98,16 +103,21 @@ class Spiked(Scaled):
 
     def _eigenvectors(self, state: State, dtype: torch.dtype) -> Tensor:
         """As rows, by descending eigenvalue, [k, m, n] in ``dtype``."""
-        count, order = state["eigenvalues"].shape[-1], self._order(state)
+        count, order = state["eigenvalues"].shape[-1], self.order(state)
         w = decode(take("eigenvectors", state), self.vectors, count * order, dtype)
         return rectify(w.unflatten(-1, (count, order)), self.rectifications)
 
-    def _order(self, state: State) -> int:
-        """n: fewer than 8 codes fill up the last byte, and there are 8 eigenvectors or all."""
-        count = state["eigenvalues"].shape[-1]
-        if self.share == 1 or count < _STEP:
-            return count
-        parts = take("eigenvectors", state)
-        if "values" in parts:
-            return parts["values"].shape[-1] // count
-        return parts["codes"].shape[-1] * 8 // self.vectors.bits // count  # type: ignore[union-attr]
+    def order(self, state: State) -> int:
+        """n, of the matrix of a state."""
+        return order_of({name: part.shape for name, part in state.items()}, getattr(self.vectors, "bits", None))
+
+
+def order_of(shapes: Mapping[str, Sequence[int]], bits: int | None) -> int:
+    """n, from the shapes of a state and the bits of its codes.
+
+    Fewer than 8 codes fill up the last byte, and there are 8 eigenvectors or all.
+    """
+    count = shapes["eigenvalues"][-1]
+    if count < _STEP:
+        return count
+    return (shapes["eigenvectors.codes"][-1] * 8 // bits if bits else shapes["eigenvectors.values"][-1]) // count

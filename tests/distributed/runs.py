@@ -50,6 +50,7 @@ CASES = {
     "groups": _in_groups,
     "stagger": _of(Shampoo, **{**_shampoo, "statistics_frequency": 4}, bits=2, stagger=True),
     "staggered logarithm": _of(Shampoo, **_shampoo, bits=4, storage="logarithm", stagger=True, graft=False),
+    "spiked": _of(Shampoo, **_shampoo, bits=1, storage="spiked"),
     "no graft": _of(Shampoo, **_shampoo, bits=4, graft=False, base="adagrad"),
     "eigen": _of(Shampoo, **_shampoo, bits=4, storage="eigen", precondition_frequency=4, start_preconditioning_step=7),
     "4-bit base": _of(Shampoo, **_shampoo, bits=2, base_bits=4),

@@ -115,7 +115,7 @@ def test_a_page(name, view, address):
     label, context = view
     page, seen = context.new_page(), Seen(address)
     seen.watch(page)
-    page.goto(address + name, wait_until="networkidle")
+    page.goto(address + name, wait_until="load")
     wrong = look(page) + seen.wrong
     if SHOTS:
         page.screenshot(path=Path(SHOTS) / f"{name.removesuffix('.html').replace('/', '-')}-{label}.png")
@@ -129,7 +129,7 @@ def test_the_first_page_in_the_other_scheme(label, browser, address):
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=OTHERS[label])
     seen = Seen(address)
     seen.watch(page)
-    page.goto(address, wait_until="networkidle")
+    page.goto(address, wait_until="load")
     wrong = look(page) + seen.wrong
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     if SHOTS:

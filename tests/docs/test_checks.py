@@ -1,15 +1,16 @@
 """The build of the site names what would let a reader down (docs/_ext/checks.py)."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from sphinx.cmd.build import build_main
 
-EXTENSIONS = Path(__file__).parents[2] / "docs/_ext"
-sys.path.insert(0, str(EXTENSIONS))
+from tests.extensions import ROOT, extension
 
-import checks  # noqa: E402 - an extension of docs/conf.py, in no package
+checks = extension("checks")
+
+from sphinx.cmd.build import build_main  # noqa: E402 - which may not be there
+
+EXTENSIONS = ROOT / "docs/_ext"
 
 HEAD = "<title>A page</title>"
 WRONG = {
