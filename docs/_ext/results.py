@@ -31,7 +31,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 import yaml
@@ -43,7 +42,6 @@ from sphinx.util.docutils import SphinxDirective
 
 from benchmarks import convergence
 from benchmarks.convergence import BASELINE, FAMILIES, PAPER, Plan, Records, Result
-from benchmarks.report import read_lines
 from benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +88,8 @@ class Column:
 
     def cell(self, row: Row) -> str:
         if isinstance(self.key, list):
+            if not self.format:
+                raise LookupError(f"the column of {', '.join(self.key)} has no format, which says where each goes")
             return self.format.format(*(find(row, key) for key in self.key))
         value = find(row, self.key)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -228,7 +228,7 @@ class Results(Figures):
             data = json.loads(path.read_text(encoding="utf-8"))
             cells = tabulate(data, table, columns, where, by)
             said = origins(data, dict.fromkeys([table, *(column.table or table for column in columns)]))
-        except (LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
             raise self.error(f"{path.name}, table {table!r}: {error}") from error
         return [self.table([column.heading for column in columns], cells), self.source(path, said)]
 
@@ -242,7 +242,7 @@ class OfRuns(Figures):
     def known(self) -> Records:
         """All runs, by key."""
         self.path = self.read("convergence.jsonl")
-        return {convergence.key(record): record for record in read_lines(self.path)}
+        return convergence.read(self.path)
 
     def source_of(self, runs: list[Row]) -> nodes.paragraph:
         """The line underneath."""
@@ -280,7 +280,7 @@ class Losses(OfRuns):
             runs |= {convergence.key(record): record for result in used for record in result.records}
             reference, baseline, *_ = used
             of = {result.method: result for result in used}
-            limit = room(plan, baseline, reference)
+            limit = plan.limit(of)
             lost = [NOTHING if m is None else loss_against(of[m], reference, baseline, limit) for m in methods]
             cells.append([name, str(len(reference.losses)), f"{reference.mean:.4f}", *lost, f"{limit:.4f}"])
         headings = ["", "seeds", *(heading.strip() for heading in self.arguments[0].split(";")), "room"]
@@ -320,7 +320,7 @@ def compared(plan: Plan, known: Records, task: str, results: list[Result]) -> tu
     if not (baseline.losses and reference.losses):
         raise LookupError(f"{task}: no runs of {BASELINE} and {plan.reference} at their best rates")
     notes = [rates(plan, known, task, method) for method in dict.fromkeys(map(plan.tuned_with, plan.methods))]
-    limit = room(plan, baseline, reference)
+    limit = plan.limit(of)
     if plan.family.of_moments:
         notes.append(f"Room, the standard deviation of {BASELINE} between seeds: {limit:.4f}.")
     else:
@@ -338,11 +338,6 @@ def compared(plan: Plan, known: Records, task: str, results: list[Result]) -> tu
             said = (f"{what}: {'yes' if holds else 'NO'}" for what, holds in verdict.items())
             notes.append(f"{result.method}: {'; '.join(said)}.")
     return [result.row(reference) for result in results if result.records], notes
-
-
-def room(plan: Plan, baseline: Result, reference: Result) -> float:
-    """What a form may lose, as ``benchmarks.convergence.summarize`` has it."""
-    return stdev(baseline.losses.values()) if plan.family.of_moments else baseline.minus(reference)[0] / 4
 
 
 def loss_against(result: Result, reference: Result, baseline: Result, limit: float) -> str:
