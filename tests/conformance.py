@@ -20,8 +20,8 @@ COLUMNS = {
 HEAD = """# Conformance
 
 What the optimizers are tested for: tests passed of tests run. Each line is one test function of `tests/`, run
-over settings of the class, dtypes and options, and "-" says that it does not run over that class. This makes the table
-again:
+over settings of the class, dtypes and options, and "-" says that it does not run over that class. Other libraries are
+asked some of it in [promises](evidence/promises.md). This makes the table again:
 
     make test ARGS="--conformance=docs/conformance.md"
 
