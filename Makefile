@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/python -m lowbit_optim demo $(ARGS)
 
 # One thread in each worker: several OpenMP threads on busy cores are far slower than one.
-test: export OMP_NUM_THREADS = 1
+test docs: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
@@ -41,9 +41,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.quantization_error
 	$(BIN)/python -m benchmarks.recursive_error
 
-# Warnings are errors: a broken link, a missing page, a page that no other leads to. From nothing, because Sphinx leaves
+# Every code block runs, and warnings are errors: a broken link, a page that no other leads to. From nothing, because Sphinx leaves
 # pages there that are gone, and runs no tutorial again that has not changed itself.
 docs: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/docs/test_blocks.py
 	rm -rf build/site docs/gallery
 	$(BIN)/sphinx-build --builder html --nitpicky --fail-on-warning --keep-going docs build/site
 	@echo "build/site/index.html"

@@ -93,8 +93,13 @@ def test_a_build_fails_with_the_file_and_the_key(tmp_path: Path, monkeypatch: py
     assert said in tree.astext()
 
 
+def test_several_keys_want_a_format():
+    with pytest.raises(LookupError, match="speed, name has no format"):
+        results.Column.of({"key": ["speed", "name"]}).cell({"speed": 1.0, "name": "one"})
+
+
 def test_every_family_of_the_record_has_its_table():
-    known = {results.convergence.key(r): r for r in results.read_lines(results.RESULTS / "convergence.jsonl")}
+    known = results.convergence.read(results.RESULTS / "convergence.jsonl")
     plan = results.Plan(["digits-mlp"], results.FAMILIES["kfac"], ["adamw", "kfac-32", "kfac-4", "kfac-2"])
     of_task = [plan.result(known, "digits-mlp", method) for method in plan.methods]
     rows, notes = results.compared(plan, known, "digits-mlp", of_task)
