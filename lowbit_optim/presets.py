@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from lowbit_optim.storage import Quantization
 
-#: The default ``bits`` of Shampoo, CASPR, K-FAC and AdaBK, chosen as docs/default.md says.
+#: The default ``bits`` of Shampoo, CASPR, K-FAC and AdaBK; docs/default.md says why.
 DEFAULT_BITS: float = 2
 
 #: 4-bit Shampoo as Wang, Zhou, Li and Huang (NeurIPS 2024) describe it, with rectified 4-bit eigenvectors, roots as

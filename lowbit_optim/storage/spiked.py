@@ -28,8 +28,8 @@ class Spiked(Scaled):
         A^(-1/p) = c I - V diag(c - lambda^(-1/p)) V^T,    c = rho^(-1/p),
 
     with c the mean of the other eigenvalues of the exact root: no multiple of I is nearer to what it stands for. So the
-    root is no approximation of all of A^(-1/p); its small eigenvalues, of which few statistics tell little, are made
-    equal. Eigenvectors are rectified when they are read, and the root takes a product of matrices in every step.
+    root is no approximation of all of A^(-1/p): where A's eigenvalues are small, of which few statistics tell little,
+    it is flat. Eigenvectors are rectified when they are read, in every step.
 
     Args:
         vectors: how the eigenvectors are kept: all of a block as one row.
@@ -55,9 +55,8 @@ class Spiked(Scaled):
     def factored_root(self, state: State, dtype: torch.dtype, out: Tensor | None = None) -> tuple[Spikes, Tensor]:
         roots = powers(state["eigenvalues"].to(dtype), -1 / self.power)
         rest = powers(state["rest"].to(dtype), -1 / self.power)
-        half = self._eigenvectors(state, dtype)
-        half *= (rest.unsqueeze(-1) - roots).clamp(min=0).sqrt().unsqueeze(-1)
-        return Spikes(rest, half), self._root_scale(state, dtype)
+        shares = (rest.unsqueeze(-1) - roots).clamp(min=0).sqrt()
+        return Spikes(rest, self._eigenvectors(state, dtype) * shares.unsqueeze(-1)), self._root_scale(state, dtype)
 
     def rounding_error(self, state: State) -> Tensor:
         roots = powers(state["eigenvalues"], -1 / self.power)
