@@ -5,7 +5,6 @@ Markdown. They end up in docs/figures/drawn, as <name>.svg and <name>.md, which 
 """
 
 import importlib
-import json
 import sys
 from io import StringIO
 from pathlib import Path
@@ -18,8 +17,9 @@ from sphinx.config import Config
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 
+from benchmarks.figures import kept
+
 DOCS = Path(__file__).parent.parent
-ROOT = DOCS.parent
 DRAWN = DOCS / "figures" / "drawn"
 
 GREY = "#777777"  # equally readable on white and on near-black
@@ -54,20 +54,8 @@ def axes(height: float) -> tuple[Figure, Any]:
 
 def table(file: str, name: str) -> list[dict[str, Any]]:
     """A table of a results file in benchmarks/results."""
-    rows: list[dict[str, Any]] = results(file)["tables"][name]
+    rows: list[dict[str, Any]] = kept(file)["tables"][name]
     return rows
-
-
-def results(file: str) -> dict[str, Any]:
-    """A results file in benchmarks/results."""
-    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
-    return content
-
-
-def runs(file: str) -> list[dict[str, Any]]:
-    """The records of a JSONL file in benchmarks/results."""
-    lines = (ROOT / "benchmarks" / "results" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -1,7 +1,9 @@
 """The loss curves of the demo, as `make demo` has left them in benchmarks/results/demo.json."""
 
-from figures import BLUE, ORANGE, SKY, axes, results
+from figures import BLUE, ORANGE, SKY, axes
 from matplotlib.figure import Figure
+
+from benchmarks.figures import kept
 
 # Two runs lie on each other: one is wide, the other a narrow dashed line on top of it.
 LINES = {
@@ -12,7 +14,7 @@ LINES = {
 
 
 def draw() -> Figure:
-    runs = results("demo")["runs"]
+    runs = kept("demo")["runs"]
     figure, ax = axes(3.2)
     for name, line in LINES.items():
         ax.plot(*zip(*runs[name]["validation"], strict=True), label=runs[name]["label"], **line)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from figures import markdown, results
+from figures import markdown
+
+from benchmarks.figures import kept
 
 
 def kilobytes(count: int) -> str:
@@ -10,7 +12,7 @@ def kilobytes(count: int) -> str:
 
 
 def write() -> str:
-    demo = results("demo")
+    demo = kept("demo")
     runs = [demo["runs"][name] for name in ("adamw", "shampoo-32bit", "shampoo")]
 
     def row(what: str, each: Any) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from collections import defaultdict
 
-from figures import BLUE, GREY, ORANGE, WIDTH, runs
+from figures import BLUE, GREY, ORANGE, WIDTH
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from benchmarks.convergence import TUNING_SEED
+from benchmarks.report import RESULTS, read_lines
 
 TASKS = {
     "digits-mlp": "digits, MLP",
@@ -22,7 +23,7 @@ LINES = {
 
 def draw() -> Figure:
     found: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for run in runs("convergence"):
+    for run in read_lines(RESULTS / "convergence.jsonl"):
         if run["seed"] == TUNING_SEED and run["validation_loss"] is not None:
             found[run["task"], run["method"]][run["lr"]] = run["validation_loss"]
     figure = Figure(figsize=(WIDTH, 4.6))

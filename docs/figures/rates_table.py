@@ -1,8 +1,9 @@
 """The learning rates that tuning has found, from the runs that benchmarks.convergence compares."""
 
-from figures import markdown, runs
+from figures import markdown
 
 from benchmarks.convergence import TUNING_SEED
+from benchmarks.report import RESULTS, read_lines
 
 TASKS = {
     "digits-mlp": "digits, MLP",
@@ -21,7 +22,7 @@ METHODS = {
 
 def write() -> str:
     rates: dict[tuple[str, str], float] = {}
-    for run in runs("convergence"):
+    for run in read_lines(RESULTS / "convergence.jsonl"):
         if run["seed"] != TUNING_SEED:
             rate = rates.setdefault((run["task"], run["method"]), run["lr"])
             assert rate == run["lr"], f"{run['task']}, {run['method']}: seeds were run at {rate} and at {run['lr']}"

@@ -153,3 +153,11 @@ def differences(found, expected, tolerance):
         if not worst <= allowed:
             off[name] = worst
     return off
+
+
+def assert_one_process(answers, expected, tolerance=TOLERANCE):
+    """Every rank has what one process has, and all have the same bits."""
+    for found in answers:
+        for other, allowed in ((expected, tolerance), (answers[0], 0)):
+            off = differences(found, other, allowed)
+            assert off == {}, off

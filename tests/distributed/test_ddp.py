@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.models import (
     LAYERED,
     OPTIMIZERS,
-    TOLERANCE,
     Mlp,
+    assert_one_process,
     differences,
     loss_of,
     model_of,
@@ -40,12 +40,6 @@ def ddp(rank, world, model_name, name, dtype=torch.float64, group=True, options=
 
     train_model(wrapped, optimizer, range(STEPS), rank, world, inputs)
     return outcome(wrapped, optimizer)
-
-
-def assert_one_process(answers, expected, tolerance=TOLERANCE):
-    for found in answers:
-        assert differences(found, expected, tolerance) == {}
-        assert differences(found, answers[0], 0) == {}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

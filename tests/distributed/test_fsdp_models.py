@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from tests.distributed.models import (
     LAYERED,
     OPTIMIZERS,
-    TOLERANCE,
+    assert_one_process,
     differences,
     loss_of,
     model_of,
@@ -33,12 +33,6 @@ def fsdp(rank, world, model_name, name, replicas=1, **more):
     optimizer = OPTIMIZERS[name](model, **more)
     train_model(model, optimizer, range(STEPS), rank, world)
     return outcome(model, optimizer)
-
-
-def assert_one_process(answers, expected):
-    for found in answers:
-        assert differences(found, expected, TOLERANCE) == {}
-        assert differences(found, answers[0], 0) == {}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
