@@ -1,9 +1,9 @@
 """The codec's and the first-order steps' arithmetic. Which backend runs is decided here and nowhere else.
 
-The codec's four functions are operators of torch, ``torch.ops.lowbit.*``, through which torch.compile traces;
-``reference`` specifies them. Numba serves the CPU and Triton CUDA and ROCm, in float32 and less; the reference, which
-gives the same bits, serves what is left. The environment variable LOWBIT_BACKEND, "reference", "numba" or "triton",
-forces one.
+The codec's five functions are operators of torch, ``torch.ops.lowbit.*``, through which torch.compile traces;
+``reference`` and ``rounding`` specify them. Numba serves the CPU and Triton CUDA and ROCm, in float32 and less; the
+reference, which gives the same bits, serves what is left. The environment variable LOWBIT_BACKEND, "reference", "numba"
+or "triton", forces one. (Whole matrices are rounded number by number, which is no work for a GPU: they visit the CPU.)
 """
 
 import logging
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lowbit_optim.kernels import reference, rounding
 from lowbit_optim.kernels.first_order import Step
 from lowbit_optim.kernels.reference import SCALE_GROUP, packed_bytes
 
@@ -27,6 +28,7 @@ __all__ = [
     "packed_bytes",
     "quantize_blockwise",
     "quantize_symmetric",
+    "round_triangles",
     "take_steps",
 ]
 
@@ -185,6 +187,33 @@ def dequantize_symmetric(
     return out
 
 
+def round_triangles(
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    maxima: Tensor,
+    values: Tensor,
+    boundaries: Tensor,
+    bits: int,
+    block_size: int,
+    sweeps: int,
+) -> Tensor:
+    """Codes of symmetric matrices that make tr(E W E) small, E their error: see ``rounding``.
+
+    Args:
+        x: [k, n, n], finite.
+        weight: W, symmetric positive semidefinite [k, n, n].
+        codes, scales, maxima: what ``quantize_symmetric`` made of x in layout "triangle"; codes to start from.
+        values, boundaries: float32. They, bits and block_size are as for ``quantize_symmetric``.
+        sweeps: over all numbers.
+
+    Returns:
+        Codes like ``codes``, for the same scales.
+    """
+    return _round_triangles(x, weight, codes, scales, maxima, values, boundaries, bits, block_size, sweeps)
+
+
 def _out(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
     if out is None:
         return like.new_empty(shape, dtype=dtype)
@@ -216,6 +245,34 @@ def _quantize_symmetric(
         x.contiguous(), values, boundaries, bits, block_size, fitted, double, layout
     )
     return codes, scales, maxima
+
+
+@torch.library.custom_op("lowbit::round_triangles", mutates_args=())
+def _round_triangles(
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    maxima: Tensor,
+    values: Tensor,
+    boundaries: Tensor,
+    bits: int,
+    block_size: int,
+    sweeps: int,
+) -> Tensor:
+    x, weight = x.float(), weight.float().contiguous()
+    rows = x.shape[-1] * (x.shape[-1] - 1) // 2
+    if maxima.shape[-1]:
+        scales = reference.dequantize_scales(scales, maxima)
+    chosen = reference.unpack(codes, bits, rows)
+    kept = (values[chosen.int()] * scales.repeat_interleave(block_size, -1)[:, :rows]).contiguous()
+    r = rounding.residual(x, kept, weight)
+    host = torch.device("cpu")
+    numbers = [t.to(host).contiguous() for t in (chosen, kept, scales, r, weight)]
+    tables = values.to(host), boundaries.to(host)
+    module = rounding if forced() == "reference" else import_module("lowbit_optim.kernels.cpu_rounding")
+    module.descend(*numbers, *tables, block_size, sweeps)
+    return reference.pack(numbers[0], bits).to(codes.device)
 
 
 @torch.library.custom_op("lowbit::dequantize_blockwise", mutates_args=("out",))
@@ -272,6 +329,11 @@ def _(
     if layout == "triangle":
         return _empty_parts(x, (k,), n * (n - 1) // 2, bits, block_size, double)
     return _empty_parts(x, (k, n), n, bits, block_size, double)
+
+
+@_round_triangles.register_fake
+def _(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, maxima: Tensor, *how: object) -> Tensor:
+    return torch.empty_like(codes)
 
 
 @_dequantize_blockwise.register_fake

@@ -106,7 +106,7 @@ def quantize_blockwise(
         scales = _fit_scales(blocks, inside, scales, values, boundaries)
     if double:
         scales, maxima = _quantize_scales(scales)
-        decoded_scales = _dequantize_scales(scales, maxima)
+        decoded_scales = dequantize_scales(scales, maxima)
     else:
         maxima, decoded_scales = scales.new_empty((*scales.shape[:-1], 0)), scales
     codes = _nearest(blocks, decoded_scales, boundaries).flatten(-2)[..., :n]
@@ -137,7 +137,7 @@ def dequantize_blockwise(
         [rows, n] in ``dtype``; ``out`` if it was given.
     """
     if maxima.shape[-1]:
-        scales = _dequantize_scales(scales, maxima)
+        scales = dequantize_scales(scales, maxima)
     blocks = pad(values[unpack(codes, bits, n).int()], (0, -n % block_size)).unflatten(-1, (-1, block_size))
     rows = (blocks * scales.to(values.dtype).unsqueeze(-1)).flatten(-2)[..., :n].to(dtype)
     return rows if out is None else out.copy_(rows)
@@ -252,7 +252,8 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     return (groups / safe * 255).round().to(torch.uint8).flatten(-2)[..., :blocks].contiguous(), maxima
 
 
-def _dequantize_scales(scales: Tensor, maxima: Tensor) -> Tensor:
+def dequantize_scales(scales: Tensor, maxima: Tensor) -> Tensor:
+    """Scales of 8 bits, [..., blocks], and the maxima of their groups to float32."""
     # Divided by a tensor: by a number torch divides on CUDA as it multiplies with its inverse.
     return (
         scales.float()

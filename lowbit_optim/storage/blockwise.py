@@ -14,6 +14,8 @@ from lowbit_optim.storage.codebooks import cell_errors, codebook, table
 MIN_ROW = 32
 
 SCALES = ("absmax", "fitted")
+ROUNDINGS = ("nearest", "adaptive")
+SWEEPS = 3  # of adaptive rounding: a fourth changes few codes
 
 Parts = dict[str, Tensor]
 
@@ -29,6 +31,9 @@ class Quantization:
         double: keep the scales in 8 bits, each 256 of a row sharing one float32; else in float32. Default False.
         scale: "absmax", the block's largest magnitude, or "fitted", the fraction of it that leaves the least squared
             error. Default "absmax".
+        rounding: "nearest", each number to the nearest code, or "adaptive", those of a symmetric matrix together, so
+            that its product with what it is applied to comes out right: the triangles of storage "root" only. It takes
+            as many bytes. Default "nearest".
 
     Raises:
         ValueError: a value outside of these.
@@ -48,6 +53,7 @@ class Quantization:
     block_size: int = 64
     double: bool = False
     scale: str = "absmax"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         codebook(self.codebook, self.bits)  # refuses unknown names and bits
@@ -55,6 +61,8 @@ class Quantization:
             raise ValueError(f"block_size is {self.block_size!r}; it must be a power of two from 16 to 4096")
         if self.scale not in SCALES:
             raise ValueError(f"unknown scale {self.scale!r}; the scales are {', '.join(SCALES)}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"unknown rounding {self.rounding!r}; the roundings are {', '.join(ROUNDINGS)}")
         if not isinstance(self.double, bool):
             raise ValueError(f"double is {self.double!r}; it must be True or False")
 
@@ -80,12 +88,14 @@ class Quantization:
         parts = self._named(kernels.quantize_blockwise(rows, *self._how(rows)))
         return {name: part.reshape(*x.shape[:-1], part.shape[-1]) for name, part in parts.items()}
 
-    def encode_symmetric(self, x: Tensor, layout: str) -> Parts:
+    def encode_symmetric(self, x: Tensor, layout: str, weight: Tensor | None = None) -> Parts:
         """Quantize what is off the diagonal of symmetric matrices.
 
         Args:
             x: floating [k, n, n], finite.
             layout: "triangle" or "square", as of ``Symmetric``.
+            weight: W, symmetric positive semidefinite [k, n, n]: with layout "triangle" the codes are those that make
+                tr(E W E) small, E being what they are off. Default None: each is the nearest.
 
         Returns:
             The parts that ``encode`` makes of rows [k, n (n - 1) / 2] ("triangle") or [k, n, n] ("square").
@@ -100,7 +110,12 @@ class Quantization:
             {'codes': (1, 1), 'scales': (1, 1)}
         """
         x = _codable(x)
-        return self._named(kernels.quantize_symmetric(x, *self._how(x), layout))
+        parts = kernels.quantize_symmetric(x, *self._how(x), layout)
+        if weight is not None and layout == "triangle":
+            tables = table(self.codebook, self.bits, torch.float32, x.device)
+            codes = kernels.round_triangles(x, weight, *parts, *tables, self.bits, self.block_size, SWEEPS)
+            parts = (codes, *parts[1:])
+        return self._named(parts)
 
     def decode(self, parts: Parts, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers that ``encode`` kept.

@@ -5,6 +5,7 @@ bits=4 its codes have 8 bits; eigenvectors are a full square and have codes of `
 fewer than 4 on fewer eigenvectors of 4-bit codes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ _SQUARE: dict[float, Codec] = {
     8: Quantization(8, "linear", 64, double=True),
     4: Quantization(4, "nf", 64, double=True, scale="fitted"),
     3: Quantization(3, "nf", 64, double=True, scale="fitted"),
+}
+# Of "root" triangles, codes of 4 bits and less are chosen together; of finer ones there is little to gain.
+_ROOT: dict[float, Codec] = {
+    bits: replace(codec, rounding="adaptive")
+    for bits, codec in _TRIANGLE.items()
+    if isinstance(codec, Quantization) and codec.bits <= 4
 }
 BITS = (32, *_TRIANGLE)
 _SPIKES = _SQUARE[4]  # of a spiked matrix under 4 bits, which has bits / 4 of its eigenvectors
@@ -112,7 +119,12 @@ def form(
     if decay is None:
         decay = _DECAY.get(bits, 0.95) if quantized and not quantization else 0.95
     shared["decay"] = decay
-    codecs = _SQUARE if layout == "square" else _TRIANGLE
+    if quantization and quantization.rounding == "adaptive" and (storage != "root" or layout != "triangle"):
+        raise ValueError(
+            f"storage {storage!r} in layout {layout!r} cannot round adaptively: take rounding='nearest', or "
+            "storage='root' in triangles"
+        )
+    codecs = _SQUARE if layout == "square" else _TRIANGLE | _ROOT if storage == "root" else _TRIANGLE
     if not quantization and bits != 32 and bits not in codecs:
         raise ValueError(
             f"layout {layout!r} cannot keep a matrix in {bits} bits: give bits=3 or more, or layout='triangle'"

@@ -48,10 +48,19 @@ class Symmetric:
         if self.layout not in LAYOUTS:
             raise ValueError(f"unknown layout {self.layout!r}; the layouts are {', '.join(LAYOUTS)}")
 
-    def encode(self, x: Tensor) -> Parts:
+    @property
+    def adaptive(self) -> bool:
+        """Whether ``encode`` rounds by a weight."""
+        return isinstance(self.codec, Quantization) and self.codec.rounding == "adaptive"
+
+    def encode(self, x: Tensor, weight: Tensor | None = None) -> Parts:
         """Symmetric [k, n, n], finite, float32 or float64, to "diagonal" [k, n] and the parts of the rest.
 
         The diagonal is float32, or of x's dtype where codec is None.
+
+        Args:
+            x: the matrices.
+            weight: as for ``Quantization.encode_symmetric``. Default None.
 
         Example:
             >>> import torch
@@ -63,7 +72,7 @@ class Symmetric:
         """
         diagonal = x.diagonal(dim1=-2, dim2=-1).to(self._diagonal_dtype(x.dtype), copy=True)
         if isinstance(self.codec, Quantization) and not self.correlations:
-            return {"diagonal": diagonal, **self.codec.encode_symmetric(x, self.layout)}
+            return {"diagonal": diagonal, **self.codec.encode_symmetric(x, self.layout, weight)}
         if self.correlations:
             x = x / _scales(diagonal, x.dtype)
         if self.layout == "triangle":
