@@ -39,9 +39,9 @@ if __name__ != "lowbit_optim.kernels":  # by a library that looks for another `k
 
 # The modules of each backend: imported when they are first needed, for compilers take a second.
 BACKENDS = {
-    "reference": {"codec": "reference", "steps": "first_order"},
-    "numba": {"codec": "cpu_codec", "steps": "cpu_steps"},
-    "triton": {"codec": "gpu_codec", "steps": "gpu"},
+    "reference": {"codec": "reference", "rounding": "rounding", "steps": "first_order"},
+    "numba": {"codec": "cpu_codec", "rounding": "cpu_rounding", "steps": "cpu_steps"},
+    "triton": {"codec": "gpu_codec", "rounding": "cpu_rounding", "steps": "gpu"},
 }
 DEVICES = {"cpu": "numba", "cuda": "triton", "meta": "reference"}
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def forced() -> str | None:
 
 @cache
 def backend(work: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that does some work ("codec" or "steps") on a device in the dtype of its numbers.
+    """The module that does some work ("codec", "rounding" or "steps") on a device in the dtype of its numbers.
 
     Raises:
         ValueError: LOWBIT_BACKEND is no backend.
@@ -202,14 +202,14 @@ def round_triangles(
     """Codes of symmetric matrices that make tr(E W E) small, E their error: see ``rounding``.
 
     Args:
-        x: [k, n, n], finite.
-        weight: W, symmetric positive semidefinite [k, n, n].
+        x: floating [k, n, n], finite; counts as float32.
+        weight: W, symmetric positive semidefinite, floating [k, n, n].
         codes, scales, maxima: what ``quantize_symmetric`` made of x in layout "triangle"; codes to start from.
         values, boundaries: float32. They, bits and block_size are as for ``quantize_symmetric``.
         sweeps: over all numbers.
 
     Returns:
-        Codes like ``codes``, for the same scales.
+        New codes for the same scales, uint8 of the shape of ``codes``.
     """
     return _round_triangles(x, weight, codes, scales, maxima, values, boundaries, bits, block_size, sweeps)
 
@@ -267,12 +267,10 @@ def _round_triangles(
     chosen = reference.unpack(codes, bits, rows)
     kept = (values[chosen.int()] * scales.repeat_interleave(block_size, -1)[:, :rows]).contiguous()
     r = rounding.residual(x, kept, weight)
-    host = torch.device("cpu")
-    numbers = [t.to(host).contiguous() for t in (chosen, kept, scales, r, weight)]
-    tables = values.to(host), boundaries.to(host)
-    module = rounding if forced() == "reference" else import_module("lowbit_optim.kernels.cpu_rounding")
-    module.descend(*numbers, *tables, block_size, sweeps)
-    return reference.pack(numbers[0], bits).to(codes.device)
+    new = chosen.to("cpu", copy=True, memory_format=torch.contiguous_format)  # codes of 8 bits are the argument's own
+    others = [t.cpu().contiguous() for t in (kept, scales, r, weight, values, boundaries)]
+    backend("rounding", codes.device, torch.float32).descend(new, *others, block_size, sweeps)
+    return reference.pack(new, bits).to(codes.device)
 
 
 @torch.library.custom_op("lowbit::dequantize_blockwise", mutates_args=("out",))

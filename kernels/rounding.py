@@ -6,10 +6,10 @@ a weight W instead, by coordinate descent: with all others as they are, x_ij is 
 
     q_ij - (R_ij + R_ji) / (W_ii + W_jj),    R = E W.
 
-The rules that make codes equal everywhere: all arithmetic is IEEE float32, products and sums rounded separately; R is
-had once, by a matrix product, and then kept by adding (new q_ij - q_ij) W_j to its row i and (new q_ij - q_ij) W_i to
-its row j; numbers are taken below the diagonal, row by row. A scale of 0, or a weight W_ii + W_jj that is not positive,
-leaves its number as it is.
+The rules that make codes equal on every backend, given the same R and W: all arithmetic is IEEE float32, products
+and sums rounded separately; R is had once, by a matrix product (whose own rounding is the device's), and then kept by
+adding (new q_ij - q_ij) W_j to its row i and (new q_ij - q_ij) W_i to its row j; numbers are taken below the diagonal,
+row by row. A scale of 0, or a weight W_ii + W_jj that is not positive, leaves its number as it is.
 """
 
 import torch

@@ -224,7 +224,8 @@ def _explain_moment(own: list[Row], codec: Mapping[str, Any], numbers: int | Non
 
 def _codec(codec: Mapping[str, Any]) -> str:
     block = f", blocks of {codec['block_size']}" if "block_size" in codec else ""
-    return f"{codec.get('codebook')}-{codec.get('bits')}{block}" + ", coded scales" * bool(codec.get("double"))
+    details = ", coded scales" * bool(codec.get("double")) + ", adaptive" * (codec.get("rounding") == "adaptive")
+    return f"{codec.get('codebook')}-{codec.get('bits')}{block}{details}"
 
 
 def _totals(entries: list[Row]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import methods, report, scaling, steps, timing
+from benchmarks import convergence, methods, report, scaling, steps, timing
 from benchmarks.methods import FLOOR, SETS, Floor, Method, Run, gradients_of
 from benchmarks.timing import Time, Turn
 
@@ -190,3 +190,31 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(capsys):
     assert "new is left out: its step failed: the SVD did not converge" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="SVD"):
         steps.measure(runs(ours=True), args)
+
+
+def test_old_runs_keep_the_rounding_that_they_had():
+    """Before version 2 every code was the nearest: those records are other methods than today's of the same bits."""
+    of = {"task": "digits-mlp", "lr": 0.003, "seed": 100, "steps": 600}
+    old = of | {"method": "root-2", "keywords": {"bits": 2, **convergence.ROOT}}
+    renamed = convergence.in_todays_words(old)
+    assert renamed["method"] == "root-2-nearest"
+    run = convergence.Run("digits-mlp", "root-2-nearest", 0.003, 100, 600)
+    expected = {
+        name: report.plain(value) for name, value in convergence.FAMILY_OF[run.method].methods[run.method].items()
+    }
+    assert renamed["keywords"] == expected
+    assert expected["quantization"]["rounding"] == "nearest"
+    assert convergence.in_todays_words(old | {"version": 2}) == old | {"version": 2}
+    one = convergence.in_todays_words(old | {"method": "root-1", "keywords": {"bits": 1, **convergence.ROOT}})
+    assert one["keywords"]["shampoo_beta"] == 0.8  # which codes that are given do not have by themselves
+    for unchanged in ({"bits": 4, **convergence.ROOT}, {"bits": 2, "storage": "logarithm"}, {"bits": 32}):
+        assert convergence.in_todays_words(old | {"keywords": unchanged})["method"] == "root-2"
+
+
+def test_every_kept_run_belongs_to_a_method():
+    known = convergence.read(report.RESULTS / "convergence.jsonl")
+    assert {record["method"] for record in known.values()} <= {convergence.BASELINE, *convergence.FAMILY_OF}
+    plan = convergence.Plan(list(convergence.TASKS), convergence.FAMILIES["shampoo"], list(convergence.SHAMPOO))
+    for task in plan.tasks:
+        for method in ("root-2-nearest", "root-1-slow-nearest", "spiked-1"):
+            assert plan.result(known, task, method).sound

@@ -256,6 +256,7 @@ def test_a_lasting_change_of_scale_is_followed():
 def test_a_description_is_json_and_tells_forms_apart():
     assert len({json.dumps(factor.describe(), allow_nan=False) for factor in FORMS.values()}) == len(FORMS)
     linear2 = {"bits": 4, "codebook": "linear-2", "block_size": 64, "double": False, "scale": "absmax"}
+    linear2["rounding"] = "nearest"
     described = FORMS["eigen of the paper"].describe()
     assert (described["form"], described["vectors"]) == ("eigen", {"codec": linear2})
     assert FORMS["root 8"].describe()["codec"] == {

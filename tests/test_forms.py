@@ -133,7 +133,11 @@ def test_estimated_rounding_error(storage, bits):
     (error,) = factor.rounding_error(states[0]).tolist()
     if storage in ("root", "spiked"):
         coded, exact = (f.root(s, torch.float64)[0].numpy() for f, s in zip((factor, plain), states, strict=True))
-        assert error == pytest.approx(distance(coded, exact), rel=0.25, abs=1e-6)
+        off = distance(coded, exact)
+        if storage == "root" and factor.codec.adaptive:  # leaves single numbers farther off than the nearest code
+            assert error < off < 1.75 * error
+        else:
+            assert error == pytest.approx(off, rel=0.25, abs=1e-6)
     assert (0 < error < 0.5) == (bits != 32)
     assert not plain.rounding_error(states[1]).any()
 

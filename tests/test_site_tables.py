@@ -100,7 +100,7 @@ def test_several_keys_want_a_format():
 
 def test_every_family_of_the_record_has_its_table():
     known = results.convergence.read(results.RESULTS / "convergence.jsonl")
-    plan = results.Plan(["digits-mlp"], results.FAMILIES["kfac"], ["adamw", "kfac-32", "kfac-4", "kfac-2"])
+    plan = results.Plan(["digits-mlp"], results.FAMILIES["kfac"], ["adamw", "kfac-32", "kfac-4", "kfac-2-nearest"])
     of_task = [plan.result(known, "digits-mlp", method) for method in plan.methods]
     rows, notes = results.compared(plan, known, "digits-mlp", of_task)
     assert [row["method"] for row in rows] == plan.methods

@@ -1,6 +1,7 @@
 """The largest eigenvalue that the root form gives back, over the true one, with and without the trace that it keeps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from figures import BLUE, ORANGE, PINK, axes
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.matrices import advance, averages, log_spaced, low_bit, statistics, top_ratio
+from benchmarks.storage import nearest
 from lowbit_optim.roots import inverse_power
 from lowbit_optim.storage.factors import Factor
 from lowbit_optim.storage.root import Root
@@ -38,8 +40,8 @@ def ratios(factor: Factor) -> list[float]:
 
 def draw() -> Figure:
     figure, ax = axes(3.6)
-    kept = low_bit("root", 2)
-    codec = kept.codec  # type: ignore[attr-defined]
+    kept: Any = nearest(low_bit("root", 2))
+    codec = kept.codec
     for label, factor, line in (
         ("naive", Forgetful(codec=codec, lowest=1e-20), {"color": ORANGE, "linestyle": "-."}),
         ("eigenvalues clamped", Forgetful(codec=codec), {"color": PINK, "linestyle": "--"}),

@@ -21,6 +21,7 @@ from lowbit_optim.optimizers.settings import (
     base_name,
     check_base_keywords,
     check_group,
+    kept_as,
     plain,
 )
 from lowbit_optim.optimizers.state import (
@@ -264,7 +265,7 @@ class SecondOrder(Optimizer):
             >>> left["form"], left["codec"]["layout"]
             ('root', 'triangle')
             >>> left["codec"]["codec"]
-            {'bits': 4, 'codebook': 'nf', 'block_size': 64, 'double': True, 'scale': 'fitted'}
+            {'bits': 4, 'codebook': 'nf', 'block_size': 64, 'double': True, 'scale': 'fitted', 'rounding': 'adaptive'}
         """
         self._prepare()
         codecs: dict[int, dict[str, dict[str, Any]]] = {}
@@ -383,7 +384,7 @@ class SecondOrder(Optimizer):
             saved = {**{key: self.defaults[key] for key in self._settings}, **saved}
             check_group(saved, self.preconditioner, self._low_bit_base)
             for key in stored:
-                if plain(saved[key]) != plain(group[key]):
+                if kept_as(key, saved[key]) != kept_as(key, group[key]):
                     raise ValueError(
                         f"the state dict has {key}={saved[key]!r}; the optimizer has {group[key]!r}. Load it into an "
                         f"optimizer with the {key} that it has" + f"; {self._other_kept_as}" * (key != "base")

@@ -136,6 +136,11 @@ def plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def kept_as(key: str, value: Any) -> Any:
+    """A setting as ``plain``, to be compared: older versions' codes had fewer fields."""
+    return astuple(Quantization(*plain(value))) if key == "quantization" and value else plain(value)
+
+
 def base_name(base: type[Optimizer]) -> str:
     """Package and class, as param groups keep it: modules inside a package move, and AdamW alone could be anybody's."""
     return f"{base.__module__.partition('.')[0]}.{base.__qualname__}"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowbit_optim import kernels
 from lowbit_optim.kernels.reference import SCALE_GROUP, computed_in
+from lowbit_optim.linalg import full_precision
 from lowbit_optim.storage.codebooks import cell_errors, codebook, table
 
 # Rows shorter than this keep their numbers: the scale and the padding would cost more than the codes save.
@@ -15,7 +16,7 @@ MIN_ROW = 32
 
 SCALES = ("absmax", "fitted")
 ROUNDINGS = ("nearest", "adaptive")
-SWEEPS = 3  # of adaptive rounding: a fourth changes few codes
+SWEEPS = 3  # of adaptive rounding; the first does most
 
 Parts = dict[str, Tensor]
 
@@ -94,8 +95,8 @@ class Quantization:
         Args:
             x: floating [k, n, n], finite.
             layout: "triangle" or "square", as of ``Symmetric``.
-            weight: W, symmetric positive semidefinite [k, n, n]: with layout "triangle" the codes are those that make
-                tr(E W E) small, E being what they are off. Default None: each is the nearest.
+            weight: W, symmetric positive semidefinite [k, n, n]: with adaptive rounding and layout "triangle" the codes
+                are those that make tr(E W E) small, E being what they are off. Default None: each is the nearest.
 
         Returns:
             The parts that ``encode`` makes of rows [k, n (n - 1) / 2] ("triangle") or [k, n, n] ("square").
@@ -111,9 +112,10 @@ class Quantization:
         """
         x = _codable(x)
         parts = kernels.quantize_symmetric(x, *self._how(x), layout)
-        if weight is not None and layout == "triangle":
+        if weight is not None and self.rounding == "adaptive" and layout == "triangle":
             tables = table(self.codebook, self.bits, torch.float32, x.device)
-            codes = kernels.round_triangles(x, weight, *parts, *tables, self.bits, self.block_size, SWEEPS)
+            with full_precision():
+                codes = kernels.round_triangles(x, weight, *parts, *tables, self.bits, self.block_size, SWEEPS)
             parts = (codes, *parts[1:])
         return self._named(parts)
 

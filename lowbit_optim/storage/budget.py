@@ -119,7 +119,8 @@ def form(
     if decay is None:
         decay = _DECAY.get(bits, 0.95) if quantized and not quantization else 0.95
     shared["decay"] = decay
-    if quantization and quantization.rounding == "adaptive" and (storage != "root" or layout != "triangle"):
+    adaptive = quantization is not None and quantization.rounding == "adaptive" and bits != 32
+    if adaptive and (storage != "root" or layout != "triangle"):
         raise ValueError(
             f"storage {storage!r} in layout {layout!r} cannot round adaptively: take rounding='nearest', or "
             "storage='root' in triangles"

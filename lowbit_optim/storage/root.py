@@ -157,7 +157,7 @@ class Root(Scaled, Coded):
 
     def _write(self, a: Tensor) -> tuple[State, Tensor]:
         x, ok = self._kept(a)
-        return put(self.name, self.codec.encode(x, self._weight(a, x) if self.codec.adaptive else None)), ok
+        return put(self.name, self.codec.encode(x, self._weight(a, x))), ok
 
     def _read(self, state: State, dtype: torch.dtype, ridge: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.codec.decode(take(self.name, state), dtype)
@@ -169,13 +169,13 @@ class Root(Scaled, Coded):
         """X of a normalized A with its ridge, before coding; ok [k]."""
         return inverse_root(a, self._q, self._floor, clamp=True)
 
-    def _weight(self, a: Tensor, x: Tensor) -> Tensor:
-        """A^(1/2) (for an odd q a little more), by which X is rounded.
+    def _weight(self, a: Tensor, x: Tensor) -> Tensor | None:
+        """A^(1/2) (for an odd q a little more), by which X is rounded; None where each number is by itself.
 
         Of a gradient with covariance A, the error of its product with X would be weighed by A; of the A that is read
         back, by less. A^(1/2) serves both better than A^(1/4) or A.
         """
-        return symmetrize(a @ torch.linalg.matrix_power(x, self._q // 2))
+        return symmetrize(a @ torch.linalg.matrix_power(x, self._q // 2)) if self.codec.adaptive else None
 
     def _statistic_of(self, x: Tensor, ridge: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:
         """A from X, without its ridge [k], times what makes its trace total [k]; ok [k]."""
@@ -201,6 +201,9 @@ class Logarithm(Root):
 
     _is_kept: ClassVar[bool] = False
     copies: ClassVar[int] = 7
+
+    def _weight(self, a: Tensor, x: Tensor) -> None:
+        """Errors of a logarithm weigh on all eigenvalues alike."""
 
     def _start(self, blocks: int, order: int, dtype: torch.dtype, device: torch.device | str) -> State:
         state = super()._start(blocks, order, dtype, device)
