@@ -37,9 +37,7 @@ from lowbit_optim.presets import WANG2024
 
 EVERY_10 = {"statistics_frequency": 10, "precondition_frequency": 10}
 ROOT = {"storage": "root", "statistics_frequency": 10, "matrix_eps": 1e-6}
-NEAREST = {
-    bits: Quantization(codes, "nf", 64, double=True, scale="fitted") for bits, codes in ((2, 4), (1.5, 3), (1, 2))
-}
+NEAREST = {"quantization": Quantization(4, "nf", 64, double=True, scale="fitted")}  # at 2 bits
 NAIVE = {"storage": "direct", "quantization": Quantization(4, "linear-2"), "layout": "square"}
 
 BASELINE, PAPER = "adamw", "wang2024"
@@ -50,7 +48,7 @@ MORE_SEEDS = {"digits-mlp": 20, "fashion-convnet": 12, "fashion-vit": 12, "shake
 
 LAYERS = {"statistics_frequency": 10}
 LAYERS_32 = {"bits": 32, **EVERY_10}
-LAYERS_2 = {"bits": 2, **LAYERS, "quantization": NEAREST[2]}
+LAYERS_2 = {"bits": 2, **LAYERS, **NEAREST}
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,8 @@ SHAMPOO: dict[str, dict[str, Any]] = {
     "root-2": {"bits": 2, **ROOT},
     "root-1.5": {"bits": 1.5, **ROOT},
     "root-1": {"bits": 1, **ROOT},
-    "root-2-nearest": {"bits": 2, **ROOT, "quantization": NEAREST[2]},
-    "root-1.5-nearest": {"bits": 1.5, **ROOT, "quantization": NEAREST[1.5]},
-    "root-1-nearest": {"bits": 1, **ROOT, "quantization": NEAREST[1], "shampoo_beta": 0.8},
-    "root-1-slow-nearest": {"bits": 1, **ROOT, "quantization": NEAREST[1], "shampoo_beta": 0.95},
+    "root-1-slow": {"bits": 1, **ROOT, "shampoo_beta": 0.95},
+    "root-2-nearest": {"bits": 2, **ROOT, **NEAREST},
     "logarithm-2": {"bits": 2, **ROOT, "storage": "logarithm"},
     "logarithm-1": {"bits": 1, **ROOT, "storage": "logarithm"},
     "spiked-2": {"bits": 2, **ROOT, "storage": "spiked"},
@@ -93,7 +89,7 @@ SHAMPOO: dict[str, dict[str, Any]] = {
 CASPRS: dict[str, dict[str, Any]] = {
     "caspr-32": {"bits": 32, "matrix_eps": 1e-6, **EVERY_10},
     "caspr-4": {"bits": 4, **ROOT},
-    "caspr-2-nearest": {"bits": 2, **ROOT, "quantization": NEAREST[2]},
+    "caspr-2-nearest": {"bits": 2, **ROOT, **NEAREST},
 }
 FAMILIES = {
     "shampoo": Family(Shampoo, (), SHAMPOO),
@@ -223,11 +219,9 @@ def in_todays_words(record: dict[str, Any]) -> dict[str, Any]:
     method, keywords = record["method"], dict(record["keywords"])
     if "quantization" in keywords:
         keywords["quantization"] = keywords["quantization"] | {"rounding": "nearest"}
-    elif keywords.get("bits") in NEAREST and keywords.get("storage", "root") == "root":
+    elif keywords.get("bits") == 2 and keywords.get("storage", "root") == "root":
         method += "-nearest"
-        keywords["quantization"] = report.plain(NEAREST[keywords["bits"]])
-        if keywords["bits"] == 1:
-            keywords.setdefault("shampoo_beta", 0.8)
+        keywords["quantization"] = report.plain(NEAREST["quantization"])
     return record | {"method": method, "keywords": dict(sorted(keywords.items()))}
 
 

@@ -58,19 +58,20 @@ def forms(order: int) -> dict[str, Factor]:
     every = {"eigen": (8, 4, 3), **few, "reflector": (4, 2), "cholesky": (4, 2), "cholesky-feedback": (4, 2)}
     for storage, budgets in (every if study else few).items():
         rows |= {f"{storage} {bits}": low_bit(storage, bits) for bits in budgets}
-    rows |= {f"root {bits}, nearest": nearest(low_bit("root", bits)) for bits in (2, 1.5, 1)}
+    rows["root 2, nearest"] = rounded(low_bit("root", 2), "nearest")
+    rows |= {f"root {bits}, adaptive": rounded(low_bit("root", bits), "adaptive") for bits in (1.5, 1)}
     for bits in (4, 2, 1) if study else ():
         root = low_bit("root", bits)
         rows[f"root {bits}, kept as 8th"] = replace(root, stored_power=8)
         rows[f"root {bits}, kept as 32nd"] = replace(root, stored_power=32)
-        plain: Any = nearest(root)
+        plain: Any = rounded(root, "nearest") if bits == 2 else root
         rows[f"root {bits}, correlations"] = replace(plain, codec=replace(plain.codec, correlations=True))
     return rows
 
 
-def nearest(factor: Any) -> Factor:
-    """The form with each number in its nearest code."""
-    codec = replace(factor.codec.codec, rounding="nearest")
+def rounded(factor: Any, rounding: str) -> Factor:
+    """The form with another rounding of its codes."""
+    codec = replace(factor.codec.codec, rounding=rounding)
     return replace(factor, codec=replace(factor.codec, codec=codec))
 
 

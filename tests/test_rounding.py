@@ -223,7 +223,7 @@ def test_an_unknown_rounding_is_refused():
 def test_what_is_the_default():
     for bits in (4, 3, 2, 1.5, 1):
         codec = form("root", bits, None, "triangle", True).codec.codec
-        assert (codec.rounding == "adaptive") == (codec.bits <= 4)
+        assert (codec.rounding == "adaptive") == (bits == 2)
         assert form("logarithm", bits, None, "triangle", True).codec.codec.rounding == "nearest"
     assert form("root", 4, None, "square", True).codec.codec.rounding == "nearest"
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.matrices import advance, averages, log_spaced, low_bit, statistics, top_ratio
-from benchmarks.storage import nearest
+from benchmarks.storage import rounded
 from lowbit_optim.roots import inverse_power
 from lowbit_optim.storage.factors import Factor
 from lowbit_optim.storage.root import Root
@@ -40,7 +40,7 @@ def ratios(factor: Factor) -> list[float]:
 
 def draw() -> Figure:
     figure, ax = axes(3.6)
-    kept: Any = nearest(low_bit("root", 2))
+    kept: Any = rounded(low_bit("root", 2), "nearest")
     codec = kept.codec
     for label, factor, line in (
         ("naive", Forgetful(codec=codec, lowest=1e-20), {"color": ORANGE, "linestyle": "-."}),

@@ -5,7 +5,6 @@ bits=4 its codes have 8 bits; eigenvectors are a full square and have codes of `
 fewer than 4 on fewer eigenvectors of 4-bit codes.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,12 +47,8 @@ _SQUARE: dict[float, Codec] = {
     4: Quantization(4, "nf", 64, double=True, scale="fitted"),
     3: Quantization(3, "nf", 64, double=True, scale="fitted"),
 }
-# Of "root" triangles, codes of 4 bits and less are chosen together; of finer ones there is little to gain.
-_ROOT: dict[float, Codec] = {
-    bits: replace(codec, rounding="adaptive")
-    for bits, codec in _TRIANGLE.items()
-    if isinstance(codec, Quantization) and codec.bits <= 4
-}
+# Codes of 4 bits in "root" triangles are chosen together: finer ones gain little, and fewer bits did not train better.
+_ROOT = _TRIANGLE | {2: Quantization(4, "nf", 64, double=True, scale="fitted", rounding="adaptive")}
 BITS = (32, *_TRIANGLE)
 _SPIKES = _SQUARE[4]  # of a spiked matrix under 4 bits, which has bits / 4 of its eigenvectors
 
@@ -125,7 +120,7 @@ def form(
             f"storage {storage!r} in layout {layout!r} cannot round adaptively: take rounding='nearest', or "
             "storage='root' in triangles"
         )
-    codecs = _SQUARE if layout == "square" else _TRIANGLE | _ROOT if storage == "root" else _TRIANGLE
+    codecs = _SQUARE if layout == "square" else _ROOT if storage == "root" else _TRIANGLE
     if not quantization and bits != 32 and bits not in codecs:
         raise ValueError(
             f"layout {layout!r} cannot keep a matrix in {bits} bits: give bits=3 or more, or layout='triangle'"
