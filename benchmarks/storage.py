@@ -1,10 +1,10 @@
 """Every storage form: its bits, its error after one statistic and after many, what an update costs, and its drift.
 
 The error is that of A^(-1/4) against a float64 moving average of the same statistics G G^T (beta 0.95), at the form's
-own rule for small eigenvalues. Bits count everything that the form keeps of one factor, statistic and root. Figures are
-means over streams; a cost is the median time of an update with its refresh, of one CPU thread and, where there is one,
-on the GPU, over that of the dense form in the same run. Up to order 128 every form and every stream is measured, above
-it the main ones.
+own rule for small eigenvalues; beside it stands by what angle gradients of that covariance are off. Bits count
+everything that the form keeps of one factor, statistic and root. Figures are means over streams; a cost is the median
+time of an update with its refresh, of one CPU thread and, where there is one, on the GPU, over that of the dense form
+in the same run. Up to order 128 every form and every stream is measured, above it the main ones.
 
     python -m benchmarks.storage                                      # orders 128 and 384, and the drift
     python -m benchmarks.storage --orders 1200 --updates 60 --spectra log-spaced --drift-updates 0
@@ -25,6 +25,7 @@ from benchmarks.matrices import (
     SPECTRA,
     WIDTHS,
     advance,
+    angle,
     averages,
     bits_per_element,
     exact_root,
@@ -32,6 +33,7 @@ from benchmarks.matrices import (
     log_spaced,
     low_bit,
     of_the_paper,
+    power,
     relative_error,
     statistics,
     top_ratio,
@@ -81,8 +83,13 @@ def static_error(factor: Factor, levels: Tensor, seeds: range) -> float:
     return recursive_error(factor, stream, seeds, len(levels))[0]
 
 
-def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, order: int) -> tuple[float, list[float]]:
-    """The error after the last statistic, and the CPU seconds of each update."""
+def recursive_error(
+    factor: Factor, stream: Iterable[Tensor], seeds: range, order: int
+) -> tuple[float, float, list[float]]:
+    """After the last statistic: the error, and the angle of gradients in degrees; the CPU seconds of each update.
+
+    The angle is that between what the root and the exact root make of gradients whose covariance is A.
+    """
     state = factor.init(len(seeds), order, torch.float32, "cpu")
     seconds = []
     for m, a in averages(stream, factor.initial_scale):
@@ -90,7 +97,10 @@ def recursive_error(factor: Factor, stream: Iterable[Tensor], seeds: range, orde
         began = time.process_time()
         state = advance(factor, state, m)
         seconds.append(time.process_time() - began)
-    return relative_error(fourth_root(factor, state), exact_root(mean, factor)).mean().item(), seconds
+    root, exact = fourth_root(factor, state), exact_root(mean, factor)
+    values, vectors = torch.linalg.eigh(mean)
+    gradients = power(values.clamp(min=0), vectors, 1 / 2)
+    return relative_error(root, exact).mean().item(), angle(root @ gradients, exact @ gradients).mean().item(), seconds
 
 
 def gpu_seconds(factor: Factor, order: int, seeds: range) -> float:
@@ -131,7 +141,7 @@ def measure(
         row["static"] = static_error(factor, log_spaced(order), seeds)
         seconds: list[float] = []
         for name, stream in streams(order, seeds, updates, spectra).items():
-            row[name], spent = recursive_error(factor, stream, seeds, order)
+            row[name], row[f"{name}, angle"], spent = recursive_error(factor, stream, seeds, order)
             seconds += spent
         costs = {"update / dense": median(seconds)}
         if torch.cuda.is_available():

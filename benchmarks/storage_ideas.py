@@ -189,7 +189,7 @@ def measure(order: int, seeds: range, updates: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"root form": label}
         for name, stream in streams(order, seeds, updates, list(SPECTRA)).items():
             torch.manual_seed(0)  # of stochastic rounding
-            row[name], _ = recursive_error(factor, stream, seeds, order)
+            row[name], _, _ = recursive_error(factor, stream, seeds, order)
         rows.append(row)
     return rows
 
