@@ -137,8 +137,12 @@ def test_pieces_that_are_copied_are_those_of_the_library():
 
 
 def test_an_update_on_a_gpu_takes_the_products_of_its_iterations(monkeypatch):
-    """16 to read a statistic, 28 for a root, one for the new statistic; and sums that are counted as products."""
-    assert 45 <= costs.products_of_update(2) < 47
+    """16 to read a statistic, 28 for a root, one for the new statistic; and sums that are counted as products.
+
+    At 2 bits two more, for the weight that codes are chosen by.
+    """
+    assert 45 <= costs.products_of_update(4) < 47
+    assert costs.products_of_update(2) == costs.products_of_update(4) + 2
     monkeypatch.setattr(costs, "of_host", lambda rounds: (Host(0.0, 0.0, 0.0), 0.0))
     of, _ = costs.assumed(2, 4, 2, flops=2e3, bandwidth=1e30, rounds=1)
     assert of.of_ordinary(10, 20) == pytest.approx(10 * 20 * 30 / 1e3)
