@@ -262,10 +262,10 @@ def _round_triangles(
 ) -> Tensor:
     x, weight = x.float(), weight.float().contiguous()
     rows = x.shape[-1] * (x.shape[-1] - 1) // 2
+    kept = dequantize_blockwise(codes, scales, maxima, values, bits, block_size, rows, torch.float32)
     if maxima.shape[-1]:
         scales = reference.dequantize_scales(scales, maxima)
     chosen = reference.unpack(codes, bits, rows)
-    kept = (values[chosen.int()] * scales.repeat_interleave(block_size, -1)[:, :rows]).contiguous()
     r = rounding.residual(x, kept, weight)
     new = chosen.to("cpu", copy=True, memory_format=torch.contiguous_format)  # codes of 8 bits are the argument's own
     others = [t.cpu().contiguous() for t in (kept, scales, r, weight, values, boundaries)]
